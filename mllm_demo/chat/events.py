@@ -1,0 +1,121 @@
+"""What an engine tells its listener while it loads and answers, and the engine's face as the page sees it.
+
+It knows nothing of torch or Gradio, so the page can be tested on a fake engine.
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from mllm_demo.chat.messages import Conversation
+from mllm_demo.routing.trace import RoutingTrace
+from mllm_demo.settings import ModelChoice, Sampling
+
+
+@dataclass(frozen=True)
+class Queued:
+    """Waiting; `ahead` people will be answered first."""
+
+    ahead: int
+
+
+@dataclass(frozen=True)
+class Started:
+    """The prompt was read: `prompt_tokens` of which `image_tokens` come from pictures."""
+
+    prompt_tokens: int
+    image_tokens: int
+
+
+@dataclass(frozen=True)
+class TextDelta:
+    """The whole answer so far (not only what is new) after `new_tokens` tokens."""
+
+    text: str
+    new_tokens: int
+
+
+@dataclass(frozen=True)
+class TraceUpdate:
+    """The routing of everything processed so far; sent every few hundred milliseconds while answering."""
+
+    trace: RoutingTrace
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The end. `reason`: "end" (the model stopped), "length", or "stopped" (a person did)."""
+
+    text: str
+    trace: RoutingTrace | None
+    reason: str
+    new_tokens: int
+    prefill_s: float
+    decode_s: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.new_tokens / self.decode_s if self.decode_s > 0 else 0.0
+
+
+Event = Queued | Started | TextDelta | TraceUpdate | Finished
+
+
+@dataclass(frozen=True)
+class LoadProgress:
+    """One step of loading: `fraction` 0 to 1, `note` for the person who waits."""
+
+    fraction: float
+    note: str
+
+
+@dataclass(frozen=True)
+class EngineStatus:
+    """What is loaded. `state`: "empty", "loading", "ready" or "failed" (then `error` says why).
+
+    `four_bit_share`: bytes held in 4 bit / bytes of all weights, counted from the tensors themselves;
+    `memory_bytes`: what the weights take on `device`.
+    """
+
+    state: str
+    model: str = ""
+    adapter: str | None = None
+    device: str = ""
+    quantization: str = ""
+    four_bit_share: float = 0.0
+    memory_bytes: int = 0
+    parameters: int = 0
+    context_length: int = 0
+    has_routing: bool = False
+    note: str = ""
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A catalogue entry as the page shows it. `needs_gb`: memory in NF4, measured or estimated."""
+
+    name: str
+    title: str
+    needs_gb: float
+    licence: str
+    note: str
+
+
+class Engine(Protocol):
+    """What the page and the command line need of an engine."""
+
+    def status(self) -> EngineStatus: ...
+
+    def presets(self) -> Sequence[Preset]: ...
+
+    def load(self, choice: ModelChoice) -> Iterator[LoadProgress]:
+        """Frees the old model, loads the new one; raises `LoadError`, keeping `status()` truthful."""
+        ...
+
+    def answer(
+        self, messages: Conversation, sampling: Sampling, stop: threading.Event | None = None
+    ) -> Iterator[Event]:
+        """Streams one answer to the last user message; ends with `Finished` or raises a `DemoError`."""
+        ...

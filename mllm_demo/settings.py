@@ -1,0 +1,83 @@
+"""Every default of the program in one frozen value.
+
+It knows nothing of the command line: `app.py` and `mllm_demo.ask` turn flags and environment into `Settings`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mllm_demo.errors import SettingsError
+
+QUANTIZATIONS = ("nf4", "fp4", "int8", "none")
+DEVICES = ("auto", "cuda", "cpu")
+DEFAULT_MODEL = "bundled"
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise SettingsError(message)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. `temperature` 0 means greedy; `seed` makes a sampled answer repeatable."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check(1 <= self.max_new_tokens <= 4096, f"max new tokens must be 1 to 4096, not {self.max_new_tokens}.")
+        _check(0 <= self.temperature <= 2, f"temperature must be 0 (greedy) to 2, not {self.temperature}.")
+        _check(0 < self.top_p <= 1, f"top-p must be above 0 and at most 1, not {self.top_p}.")
+        _check(1 <= self.repetition_penalty <= 2, f"repetition penalty must be 1 to 2, not {self.repetition_penalty}.")
+        _check(0 <= self.seed < 2**31, f"seed must be 0 to {2**31 - 1}, not {self.seed}.")
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """What to load. `model`: preset name, local folder or hub id; `adapter`: folder, hub id or None."""
+
+    model: str = DEFAULT_MODEL
+    adapter: str | None = None
+    quantization: str = "nf4"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        _check(bool(self.model.strip()), "model must be a preset, a folder or a hub id, not an empty string.")
+        _check(
+            self.quantization in QUANTIZATIONS,
+            f"quantization must be one of {', '.join(QUANTIZATIONS)}, not {self.quantization!r}.",
+        )
+        _check(self.device in DEVICES, f"device must be one of {', '.join(DEVICES)}, not {self.device!r}.")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run of the program.
+
+    `timeout_s`: seconds one answer may take; `queue_size`: people who may wait at once;
+    `max_upload_mb`, `max_image_megapixels`: what an upload may weigh and decode to;
+    `cache_dir`: where fetched and quantized weights are kept (None: the user's cache folder).
+    """
+
+    choice: ModelChoice = ModelChoice()
+    sampling: Sampling = Sampling()
+    host: str = "127.0.0.1"
+    port: int = 7860
+    share: bool = False
+    auth: tuple[str, str] | None = None
+    queue_size: int = 16
+    timeout_s: float = 300.0
+    max_upload_mb: int = 20
+    max_image_megapixels: int = 50
+    cache_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        _check(1 <= self.port <= 65535, f"port must be 1 to 65535, not {self.port}.")
+        _check(1 <= self.queue_size <= 1024, f"queue size must be 1 to 1024, not {self.queue_size}.")
+        _check(self.timeout_s > 0, f"timeout must be above 0 seconds, not {self.timeout_s}.")
+        _check(self.max_upload_mb >= 1, f"max upload must be at least 1 MB, not {self.max_upload_mb}.")
+        _check(self.max_image_megapixels >= 1, "max image size must be at least 1 megapixel.")
