@@ -1,0 +1,223 @@
+"""Records what every MoE-LoRA router of a model decides, while the model reads and answers.
+
+It finds routers by type and only listens: the tokens that come out are the same with and without it, and the
+KV cache stays in use. It knows nothing of text, pictures or pages; `trace` is given the tokens.
+
+Routers of a vision tower or connector see patches of pictures, not positions of the sequence, and are called
+for the prompt only; they are not recorded.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from mllm_demo.errors import TraceError
+from mllm_demo.moe_lora import MoeLoraRouter
+from mllm_demo.routing.trace import RoutingTrace, Site, Token, TraceImage
+
+_FIRST_CAPACITY = 256
+_BESIDE_THE_SEQUENCE = ("vision", "connector")
+
+
+class RoutingTap:
+    """Context manager around any number of forwards of `model`, a transformers or PEFT model.
+
+        with RoutingTap(model) as tap:
+            model.generate(**inputs)
+            trace = tap.trace(tokens)
+
+    `sites`: the routers of the adapters active when the `with` was entered (at first, when the tap was
+    made); empty for a model without routers. `positions`: rows recorded so far, which after `generate` are
+    the prompt plus every new token but the last, since the last one is never read. Entering again starts
+    afresh.
+
+    Raises `TraceError` inside a forward when the batch holds more than one sequence. A forward that fails
+    midway leaves no rows. Routing of one forward is copied from the device once, when the forward ends.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._root = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._reset()
+
+    def _reset(self) -> None:
+        self._routers = _active_routers(self._root)
+        self.sites: tuple[Site, ...] = tuple(self._routers)
+        self.positions = 0
+        self._groups = _groups(self.sites)
+        self._pending: dict[str, object] = {}
+        self._length: int | None = None
+        self._hole: str | None = None
+
+    def __enter__(self) -> "RoutingTap":
+        if self._handles:
+            raise TraceError("this tap is already recording; make a second one to record twice.")
+        self._reset()
+        try:
+            self._handles.append(self._root.register_forward_pre_hook(self._begin, with_kwargs=True))
+            self._handles.append(self._root.register_forward_hook(self._end))
+            for site, router in self._routers.items():
+                self._handles.append(router.register_forward_hook(self._listener(site)))
+        except BaseException:
+            self._remove()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._remove()
+
+    def _remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._pending.clear()
+
+    def _begin(self, module: nn.Module, args: tuple, kwargs: Mapping) -> None:
+        self._pending.clear()
+        self._length = None
+        for value in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]):
+            if isinstance(value, torch.Tensor):
+                if value.shape[0] != 1:
+                    raise TraceError(
+                        f"routing is recorded for one sequence, not for a batch of {value.shape[0]}."
+                    )
+                self._length = value.shape[1]
+                return
+
+    def _listener(self, site: Site):
+        def listen(module: nn.Module, args: tuple, output) -> None:
+            if site.name in self._pending:
+                self._miss(f"router {site.name!r} reported twice for position {self.positions}.")
+            self._pending[site.name] = (
+                output.router_probs.detach(),
+                output.selected_experts.detach(),
+                output.routing_weights.detach(),
+            )
+
+        return listen
+
+    def _miss(self, message: str) -> None:
+        self._hole = self._hole or message
+
+    def _end(self, module: nn.Module, args: tuple, output: object) -> None:
+        pending, self._pending = self._pending, {}
+        length = self._length or max((rows[0].shape[1] for rows in pending.values()), default=0)
+        for site in self.sites:
+            if site.name not in pending:
+                self._miss(f"router {site.name!r} has reported nothing for position {self.positions}.")
+                continue
+            shape = tuple(pending[site.name][0].shape)
+            if shape[:2] != (1, length) and (shape[:2] != (1, 1) or site.granularity != "sequence"):
+                where = f"{length} positions from {self.positions} on"
+                self._miss(f"router {site.name!r} reported {list(shape)} for {where}.")
+        if self._hole is None:
+            for group in self._groups:
+                group.append([pending[site.name] for site in group.sites], length, self.positions)
+        self.positions += length
+
+    def trace(
+        self,
+        tokens: Sequence[Token],
+        images: Sequence[TraceImage] = (),
+        provenance: Mapping[str, object] | None = None,
+    ) -> RoutingTrace:
+        """Everything recorded so far, one row for each of `tokens`; cheap enough to call while answering.
+
+        Raises `TraceError` when the model has no router, when a router missed a position, or when the tokens
+        are not as many as the positions.
+        """
+        if not self.sites:
+            raise TraceError("this model has no MoE-LoRA router, so there is no routing to show.")
+        if self._hole is not None:
+            raise TraceError(self._hole)
+        if len(tokens) != self.positions:
+            raise TraceError(f"{len(tokens)} tokens were given for {self.positions} recorded positions.")
+        arrays: tuple[dict[str, np.ndarray], ...] = ({}, {}, {})
+        for group in self._groups:
+            for row, site in enumerate(group.sites):
+                for kind, values in zip(arrays, group.values, strict=True):
+                    kind[site.name] = values[row, : self.positions]
+        return RoutingTrace(
+            tuple(tokens), self.sites, *arrays, images=tuple(images), provenance=provenance or {}
+        )
+
+
+def _active_routers(root: nn.Module) -> dict[Site, MoeLoraRouter]:
+    """Routers that serve positions of the sequence and whose adapter is switched on, in model order."""
+    active = {
+        adapter
+        for module in root.modules()
+        if isinstance(module, BaseTunerLayer) and not module.disable_adapters
+        for adapter in module.active_adapters
+    }
+    routers = {}
+    for module in root.modules():
+        if not isinstance(module, MoeLoraRouter) or module.adapter_name not in active:
+            continue
+        if module.block in _BESIDE_THE_SEQUENCE:
+            continue
+        site = Site(
+            name=module.site_name,
+            layer_idx=-1 if module.layer_idx is None else module.layer_idx,
+            block=module.block,
+            num_experts=module.num_experts,
+            num_experts_per_tok=module.num_experts_per_tok,
+            granularity=module.granularity,
+            has_shared_expert=module.has_shared_expert,
+        )
+        routers[site] = module
+    return routers
+
+
+@dataclass
+class _Group:
+    """Sites of the same width, in arrays that grow by doubling.
+
+    values: router_probs float16 [sites, capacity, E], selected_experts int16 [sites, capacity, k],
+    routing_weights float16 [sites, capacity, k]. Rows once written never change, so traces may share them.
+    """
+
+    sites: list[Site]
+    values: list[np.ndarray]
+
+    def append(self, rows: Sequence[Sequence[torch.Tensor]], length: int, start: int) -> None:
+        """`rows`: per site router_probs, selected_experts, routing_weights, each [1, length or 1, ...]."""
+        experts, chosen = self.sites[0].num_experts, self.sites[0].num_experts_per_tok
+        probs, selected, weights = (
+            torch.stack([row[0].expand(length, row.shape[-1]) for row in kind])
+            for kind in zip(*rows, strict=True)
+        )
+        # Bits of the halves travel as int16 beside the indices, so that one copy leaves the device.
+        probs, weights = (halves.half().view(torch.int16) for halves in (probs, weights))
+        packed = torch.cat([probs, selected.to(torch.int16), weights], dim=-1)  # (sites, length, E + 2k)
+        packed = packed.cpu().numpy()
+        parts = np.split(packed, [experts, experts + chosen], axis=-1)
+        stop = start + length
+        for index, part in enumerate(parts):
+            held = self.values[index]
+            if held.shape[1] < stop:
+                grown = np.empty((held.shape[0], max(stop, 2 * held.shape[1]), held.shape[2]), held.dtype)
+                grown[:, :start] = held[:, :start]
+                self.values[index] = held = grown
+            held.view(np.int16)[:, start:stop] = part
+
+
+def _groups(sites: Sequence[Site]) -> list[_Group]:
+    by_width: dict[tuple[int, int], list[Site]] = {}
+    for site in sites:
+        by_width.setdefault((site.num_experts, site.num_experts_per_tok), []).append(site)
+    return [
+        _Group(
+            members,
+            [
+                np.empty((len(members), _FIRST_CAPACITY, width), dtype)
+                for width, dtype in ((experts, np.float16), (chosen, np.int16), (chosen, np.float16))
+            ],
+        )
+        for (experts, chosen), members in by_width.items()
+    ]
