@@ -1,0 +1,137 @@
+"""The bundled model's vision tower: EfficientNet-Lite0 with two strides joined, as a `transformers` model.
+
+Architecture: Tan & Le, "EfficientNet" (arXiv:1905.11946, table 1) in the Lite variant (no squeeze-excitation,
+ReLU6, stem and head not scaled). The last stride-16 map is folded 2x2 into channels and joined with the
+stride-32 map, so each image token keeps fine detail (letters) and wide context (objects).
+It knows nothing of language: what a token means is the connector's business.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+# (expand ratio, channels, repeats, stride of the first, kernel) for the seven stages of table 1.
+STAGES = (
+    (1, 16, 1, 1, 3),
+    (6, 24, 2, 2, 3),
+    (6, 40, 2, 2, 5),
+    (6, 80, 3, 2, 3),
+    (6, 112, 3, 1, 5),
+    (6, 192, 4, 2, 5),
+    (6, 320, 1, 1, 3),
+)
+FINE_STAGE = 4  # the last stage at half the final resolution
+
+
+class TesseraVisionConfig(PretrainedConfig):
+    """Shape of the tower. `image_size` in pixels; `patch_size` is the total stride, one token a patch."""
+
+    model_type = "tessera_vision"
+    base_config_key = "vision_config"
+
+    image_size: int = 224
+    patch_size: int = 32
+    stem_channels: int = 32
+    batch_norm_eps: float = 1e-3
+    initializer_range: float = 0.02
+    hidden_size: int = 4 * STAGES[FINE_STAGE][1] + STAGES[-1][1]
+
+
+def _padding(kernel: int, stride: int, size_hint: int = 2) -> tuple[int, int, int, int]:
+    """TensorFlow's "SAME" padding for even inputs: with stride 2 the extra row goes to the end."""
+    total = kernel - stride if stride == size_hint else kernel - 1
+    return (total // 2, total - total // 2, total // 2, total - total // 2)
+
+
+class ConvNorm(nn.Module):
+    """Convolution with "SAME" padding, batch norm and an optional ReLU6."""
+
+    def __init__(self, config, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, act=True):
+        super().__init__()
+        self.pad = _padding(kernel, stride)
+        # A symmetric pad goes into the convolution itself, which is faster than padding first.
+        symmetric = self.pad[0] == self.pad[1]
+        self.conv = nn.Conv2d(
+            inputs, outputs, kernel, stride, self.pad[0] if symmetric else 0, groups=groups, bias=False
+        )
+        self.pad = None if symmetric else self.pad
+        self.norm = nn.BatchNorm2d(outputs, eps=config.batch_norm_eps, momentum=0.01)
+        self.act = nn.ReLU6(inplace=True) if act else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.pad is not None:
+            x = functional.pad(x, self.pad)
+        return self.act(self.norm(self.conv(x)))
+
+
+class MBConv(nn.Module):
+    """Inverted residual block without squeeze-excitation."""
+
+    def __init__(self, config, inputs: int, outputs: int, expand: int, stride: int, kernel: int):
+        super().__init__()
+        width = inputs * expand
+        self.expand = ConvNorm(config, inputs, width, 1) if expand != 1 else nn.Identity()
+        self.depthwise = ConvNorm(config, width, width, kernel, stride, groups=width)
+        self.project = ConvNorm(config, width, outputs, 1, act=False)
+        self.residual = stride == 1 and inputs == outputs
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.project(self.depthwise(self.expand(x)))
+        return x + y if self.residual else y
+
+
+class TesseraVisionModel(PreTrainedModel):
+    """`pixel_values [B, 3, image_size, image_size]` → one hidden state `[B, tokens, hidden_size]`."""
+
+    config_class = TesseraVisionConfig
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _no_split_modules = ["MBConv"]
+    supports_gradient_checkpointing = False
+
+    def __init__(self, config: TesseraVisionConfig):
+        super().__init__(config)
+        self.stem = ConvNorm(config, 3, config.stem_channels, 3, 2)
+        stages, channels = [], config.stem_channels
+        for expand, outputs, repeats, stride, kernel in STAGES:
+            blocks = []
+            for index in range(repeats):
+                blocks.append(MBConv(config, channels, outputs, expand, stride if index == 0 else 1, kernel))
+                channels = outputs
+            stages.append(nn.Sequential(*blocks))
+        self.stages = nn.ModuleList(stages)
+        self.norm = nn.LayerNorm(config.hidden_size)
+        self.post_init()
+
+    def forward(self, pixel_values: torch.Tensor, return_dict: bool = True, **kwargs) -> BaseModelOutput:
+        x = self.stem(pixel_values.to(self.stem.conv.weight.dtype))
+        for index, stage in enumerate(self.stages):
+            x = stage(x)
+            if index == FINE_STAGE:
+                fine = functional.pixel_unshuffle(x, 2)  # (B, 4 * 112, H/32, W/32)
+        x = torch.cat((fine, x), dim=1).flatten(2).transpose(1, 2)  # (B, tokens, hidden_size)
+        x = self.norm(x)
+        return BaseModelOutput(last_hidden_state=x, hidden_states=(x,))
+
+
+def imagenet_state_dict(original: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Renames the tensors of the published EfficientNet-Lite0 checkpoint; its classifier head is dropped."""
+    renamed = {"stem.conv.weight": original["_conv_stem.weight"]}
+    statistics = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    renamed |= {f"stem.norm.{name}": original[f"_bn0.{name}"] for name in statistics}
+    block = 0
+    for stage, (expand, _, repeats, _, _) in enumerate(STAGES):
+        for index in range(repeats):
+            norms = iter(("_bn0", "_bn1", "_bn2") if expand != 1 else ("_bn1", "_bn2"))
+            for part in ("expand", "depthwise", "project") if expand != 1 else ("depthwise", "project"):
+                norm, target = next(norms), f"stages.{stage}.{index}.{part}"
+                renamed[f"{target}.conv.weight"] = original[f"_blocks.{block}._{part}_conv.weight"]
+                renamed |= {f"{target}.norm.{n}": original[f"_blocks.{block}.{norm}.{n}"] for n in statistics}
+            block += 1
+    return renamed
+
+
+AutoConfig.register(TesseraVisionConfig.model_type, TesseraVisionConfig, exist_ok=True)
+AutoModel.register(TesseraVisionConfig, TesseraVisionModel, exist_ok=True)
