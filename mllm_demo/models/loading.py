@@ -1,0 +1,273 @@
+"""From a choice to a model that answers: fetched files, quantized weights, adapter, processor.
+
+`fetch` brings every file to this machine and judges whether the model can run here; `load` puts it into memory.
+It knows nothing of chats, pages or routing. Remote code is never run and pickles are never read.
+"""
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.utils import logging as transformers_logging
+
+from mllm_demo.chat.events import LoadProgress
+from mllm_demo.errors import CheckpointError, LoadError, OutOfMemoryError
+from mllm_demo.models import adapters, catalog, fetching, memory, quantize
+from mllm_demo.models.fetching import Progress, monotone
+from mllm_demo.models.processors import load_processor
+from mllm_demo.settings import ModelChoice
+
+try:  # TEMPORARY until models/bundled/weights.py is committed
+    from mllm_demo.models.bundled import weights as bundled_weights
+except ImportError:
+    bundled_weights = None
+
+FETCH_SHARE = 0.5  # of the progress bar, when nothing is in the cache yet
+BUNDLED_ADAPTER = Path(__file__).resolve().parents[2] / "assets" / "bundled" / "adapter"
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """Everything `load` needs, on this machine: folders, revisions and the names a person knows them by."""
+
+    choice: ModelChoice
+    title: str
+    folder: Path
+    revision: str
+    adapter_name: str | None = None
+    adapter_folder: Path | None = None
+    adapter_revision: str | None = None
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in eval mode on `device`, its processor, and the truth about both.
+
+    `quantization` is what the weights really are; `dtype` what they compute in; `context_length` in tokens;
+    `four_bit_share`, `memory_bytes`, `parameters` are counted from the tensors.
+    """
+
+    model: PreTrainedModel | PeftModel
+    processor: ProcessorMixin
+    choice: ModelChoice
+    device: torch.device
+    title: str
+    adapter_title: str | None
+    base_revision: str
+    adapter_revision: str | None
+    quantization: str
+    dtype: str
+    context_length: int
+    four_bit_share: float
+    memory_bytes: int
+    parameters: int
+
+
+def _read_config(folder: Path, title: str) -> PretrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{title} is of a kind this version of transformers does not know without running code from its "
+            "folder, which is never done; pick another model or upgrade transformers."
+        ) from error
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise CheckpointError(f"{title} ({config.model_type}) does not read pictures; pick an image-text-to-text model.")
+    return config
+
+
+def _check_memory(config: PretrainedConfig, title: str, quantization: str, device: torch.device) -> None:
+    if quantize.stored_quantization(config) is None:
+        estimate = memory.estimate_bytes(config, quantization, quantize.compute_dtype(device))
+        memory.check_fits(title, estimate, device, memory.free_bytes(device))
+
+
+def fetch(choice: ModelChoice, cache_dir: Path | None, progress: Progress) -> ResolvedModel:
+    """Brings the files of `choice` to this machine; instant and offline when they are already here.
+
+    Raises `LoadError`s for all that can be known before loading: missing or foreign files, an unreachable hub,
+    no GPU, too little memory.
+    """
+    cache_dir = cache_dir or fetching.default_cache_dir()
+    device = quantize.resolve_device(choice.device)
+    progress = monotone(progress)
+    progress(LoadProgress(0.0, "Looking for the model"))
+    adapter = None
+    if choice.adapter is not None:
+        adapter = fetching.fetch_adapter(choice.adapter, cache_dir, monotone(progress, 0.0, 0.05))
+        adapters.read_config(adapter.folder, choice.adapter)
+    entry = catalog.find(choice.model)
+    title = entry.title if entry else Path(choice.model).name
+    adapter_name = Path(choice.adapter).name if choice.adapter else None
+    source = (entry.hub_id if entry else None) or choice.model
+    if entry is not None and entry.hub_id is None:
+        folder = bundled_weights.prepare(choice.quantization, cache_dir, monotone(progress, 0.05, 1.0))
+        files = fetching.Files(folder, fetching.digest(folder))
+        if adapter is None:
+            adapter = fetching.fetch_adapter(str(BUNDLED_ADAPTER), cache_dir, progress)
+            adapter_name = entry.title
+    else:
+        files = fetching.fetch_descriptions(source, cache_dir, monotone(progress, 0.05, 0.1))
+        _check_memory(_read_config(files.folder, title), title, choice.quantization, device)
+        files = fetching.fetch_weights(source, cache_dir, monotone(progress, 0.1, 1.0))
+    progress(LoadProgress(1.0, "All files are here"))
+    return ResolvedModel(
+        choice=choice,
+        title=title,
+        folder=files.folder,
+        revision=files.revision,
+        adapter_name=adapter_name,
+        adapter_folder=adapter.folder if adapter else None,
+        adapter_revision=adapter.revision if adapter else None,
+    )
+
+
+@contextmanager
+def _weight_steps(progress: Progress) -> Iterator[None]:
+    """Turns transformers' own "Loading weights" bar into `progress`, 0 to 1, and keeps it off the terminal."""
+
+    class Steps:
+        def __init__(self, iterable=None, total=None, **_):
+            self.items, self.total = iterable, total
+
+        def __iter__(self):
+            total = self.total or (len(self.items) if hasattr(self.items, "__len__") else 0)
+            for done, item in enumerate(self.items):
+                if total:
+                    progress(LoadProgress(done / total, f"Loading weights: {done} of {total} tensors"))
+                yield item
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return None
+
+        def __getattr__(self, _):
+            return lambda *args, **kwargs: None
+
+    previous = transformers_logging.set_tqdm_hook(lambda _, args, kwargs: Steps(*args, **kwargs))
+    try:
+        yield
+    finally:
+        transformers_logging.set_tqdm_hook(previous)
+
+
+@contextmanager
+def _memory_errors(title: str, device: torch.device) -> Iterator[None]:
+    """Turns an allocation that failed while loading into `OutOfMemoryError`."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        exhausted = isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or "allocate memory" in str(error)
+        if not exhausted:
+            raise
+        raise OutOfMemoryError(
+            f"Memory on {device.type} ran out while {title} was loading; choose a smaller model, "
+            "--quantization nf4, or a larger machine."
+        ) from error
+
+
+def _load_base(resolved: ResolvedModel, device: torch.device, progress: Progress) -> tuple[PreTrainedModel, str]:
+    """The base model with quantized weights, and how they are really quantized."""
+    title = resolved.title
+    config = _read_config(resolved.folder, title)
+    dtype = quantize.compute_dtype(device)
+    stored = quantize.stored_quantization(config)
+    if stored in ("nf4", "fp4") and isinstance(config.quantization_config, dict):
+        config.quantization_config["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
+    try:
+        with _weight_steps(progress), _memory_errors(title, device):
+            model, info = AutoModelForImageTextToText.from_pretrained(
+                resolved.folder,
+                config=config,
+                dtype=dtype,
+                device_map={"": device},
+                quantization_config=None if stored else quantize.bnb_config(resolved.choice.quantization, dtype),
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except LoadError:
+        raise
+    except SafetensorError as error:
+        raise CheckpointError(f"The weights of {title} are damaged; delete them and fetch them again.") from error
+    except ImportError as error:
+        raise CheckpointError(f"{title} needs a package that is missing: {' '.join(str(error).split())}") from error
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise CheckpointError(
+            f"The weights of {title} do not fit its configuration or are incomplete; fetch or save them again."
+        ) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"The weights of {title} lack {len(missing)} tensors, the first being {missing[0]}; "
+            "fetch or save them again."
+        )
+    quantize.dequantize_to(model, dtype)
+    return model.eval(), stored or resolved.choice.quantization
+
+
+def _context_length(config: PretrainedConfig, processor: ProcessorMixin) -> int:
+    """Tokens the language model was made for; the tokenizer's own limit when the configuration names none."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return int(limit or processor.tokenizer.model_max_length)
+
+
+def load(choice: ModelChoice, cache_dir: Path | None, progress: Progress) -> LoadedModel:
+    """Loads `choice` onto its device; `progress` is called with fractions that never go back.
+
+    Raises the `LoadError` family, one sentence each; whatever was allocated by then is given back.
+    """
+    progress = monotone(progress)
+    resolved = fetch(choice, cache_dir, monotone(progress, 0.0, FETCH_SHARE))
+    try:
+        return load_resolved(resolved, monotone(progress, FETCH_SHARE, 1.0))
+    except LoadError:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        raise
+
+
+def load_resolved(resolved: ResolvedModel, progress: Progress) -> LoadedModel:
+    """Puts what `fetch` found into memory."""
+    device = quantize.resolve_device(resolved.choice.device)
+    progress = monotone(progress)
+    progress(LoadProgress(0.0, f"Opening {resolved.title}"))
+    config = _read_config(resolved.folder, resolved.title)
+    _check_memory(config, resolved.title, resolved.choice.quantization, device)
+    processor = load_processor(resolved.folder, config, resolved.title)
+    model, quantization = _load_base(resolved, device, monotone(progress, 0.1, 0.9))
+    adapter_title = None
+    if resolved.adapter_folder is not None:
+        progress(LoadProgress(0.9, f"Adding the adapter {resolved.adapter_name}"))
+        with _memory_errors(resolved.title, device):
+            model = adapters.attach(model, resolved.adapter_folder, resolved.adapter_name).eval()
+        adapter_title = adapters.describe(resolved.adapter_name, model.active_peft_config)
+    footprint = memory.measure(model)
+    progress(LoadProgress(1.0, f"{resolved.title} is ready"))
+    return LoadedModel(
+        model=model,
+        processor=processor,
+        choice=resolved.choice,
+        device=device,
+        title=resolved.title,
+        adapter_title=adapter_title,
+        base_revision=resolved.revision,
+        adapter_revision=resolved.adapter_revision,
+        quantization=quantization,
+        dtype=str(quantize.compute_dtype(device)).removeprefix("torch."),
+        context_length=_context_length(model.config, processor),
+        four_bit_share=footprint.four_bit_share,
+        memory_bytes=footprint.memory_bytes,
+        parameters=footprint.parameters,
+    )
