@@ -20,12 +20,20 @@ from mllm_demo.errors import SettingsError, TraceError
 from mllm_demo.settings import Sampling, Settings
 
 
-def parse(argv: Sequence[str] | None, environ: Mapping[str, str]) -> tuple[Settings, str, list[Path], Path | None]:
+def parse(
+    argv: Sequence[str] | None, environ: Mapping[str, str]
+) -> tuple[Settings, str, list[Path], Path | None]:
     """Settings, question, image files and trace file of the command line; raises `SettingsError`."""
-    parser = Parser(prog="python -m mllm_demo.ask", description="Ask one question about one or more pictures.")
+    parser = Parser(
+        prog="python -m mllm_demo.ask", description="Ask one question about one or more pictures."
+    )
     parser.add_argument("question", help="what to ask")
-    parser.add_argument("--image", type=Path, action="append", default=[], help="picture file; may be repeated")
-    parser.add_argument("--trace", type=Path, default=None, help="file to save the routing trace to (.safetensors)")
+    parser.add_argument(
+        "--image", type=Path, action="append", default=[], help="picture file; may be repeated"
+    )
+    parser.add_argument(
+        "--trace", type=Path, default=None, help="file to save the routing trace to (.safetensors)"
+    )
     add_model_flags(parser, environ)
     sampling = Sampling()
     add_flag(parser, environ, "temperature", type=float, default=sampling.temperature, help="0 is greedy")
@@ -63,7 +71,10 @@ def answer(engine: Engine, settings: Settings, message: Message) -> Finished:
 def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.environ) -> None:
     """Parses, loads, answers, saves the trace."""
     settings, question, images, trace_file = parse(argv, environ)
-    limits = {"max_bytes": settings.max_upload_mb * 1_000_000, "max_pixels": settings.max_image_megapixels * 1_000_000}
+    limits = {
+        "max_bytes": settings.max_upload_mb * 1_000_000,
+        "max_pixels": settings.max_image_megapixels * 1_000_000,
+    }
     pictures = [read_picture(path.expanduser(), **limits) for path in images]
     engine = ChatEngine(settings)
     progress = TerminalProgress(sys.stderr)
@@ -76,7 +87,9 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.envi
     print(f"{finished.new_tokens} tokens, {finished.tokens_per_s:.1f} tokens/s", file=sys.stderr)
     if trace_file is not None:
         if finished.trace is None:
-            raise TraceError("This model has no routed adapter, so there is no trace to save; leave out --trace.")
+            raise TraceError(
+                "This model has no routed adapter, so there is no trace to save; leave out --trace."
+            )
         print(f"Routing saved to {finished.trace.save(trace_file.expanduser())}", file=sys.stderr)
 
 

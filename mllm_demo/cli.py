@@ -31,7 +31,9 @@ class Parser(argparse.ArgumentParser):
         raise SettingsError(f"{message[:1].upper()}{message[1:].rstrip('.')}; see --help.")
 
 
-def add_flag(parser: argparse.ArgumentParser, environ: Mapping[str, str], name: str, *also: str, **options) -> None:
+def add_flag(
+    parser: argparse.ArgumentParser, environ: Mapping[str, str], name: str, *also: str, **options
+) -> None:
     """Adds `--name`, whose default is taken from MLLM_DEMO_NAME or the first of `also` that is set."""
     variables = (f"MLLM_DEMO_{name.replace('-', '_').upper()}", *also)
     value = next((environ[variable] for variable in variables if environ.get(variable)), None)
@@ -62,12 +64,24 @@ def add_model_flags(parser: argparse.ArgumentParser, environ: Mapping[str, str])
         help="how the base model's weights are held",
     )
     add_flag(parser, environ, "device", choices=DEVICES, default=choice.device, help="where the model runs")
-    add_flag(parser, environ, "cache-dir", type=Path, default=None, help="folder for fetched and quantized weights")
     add_flag(
-        parser, environ, "max-new-tokens", type=int, default=sampling.max_new_tokens, help="longest answer, in tokens"
+        parser, environ, "cache-dir", type=Path, default=None, help="folder for fetched and quantized weights"
     )
     add_flag(
-        parser, environ, "timeout", type=float, default=Settings().timeout_s, help="seconds that one answer may take"
+        parser,
+        environ,
+        "max-new-tokens",
+        type=int,
+        default=sampling.max_new_tokens,
+        help="longest answer, in tokens",
+    )
+    add_flag(
+        parser,
+        environ,
+        "timeout",
+        type=float,
+        default=Settings().timeout_s,
+        help="seconds that one answer may take",
     )
 
 
@@ -84,11 +98,20 @@ def add_server_flags(parser: argparse.ArgumentParser, environ: Mapping[str, str]
     # A Space is reached through its proxy, so it must listen on every interface.
     host = "0.0.0.0" if environ.get("SPACE_ID") else defaults.host
     add_flag(parser, environ, "host", "GRADIO_SERVER_NAME", default=host, help="address to listen on")
-    add_flag(parser, environ, "port", "PORT", "GRADIO_SERVER_PORT", type=int, default=defaults.port, help="port")
-    add_flag(parser, environ, "share", action="store_true", default=False, help="also open a public Gradio link")
+    add_flag(
+        parser, environ, "port", "PORT", "GRADIO_SERVER_PORT", type=int, default=defaults.port, help="port"
+    )
+    add_flag(
+        parser, environ, "share", action="store_true", default=False, help="also open a public Gradio link"
+    )
     add_flag(parser, environ, "auth", type=_credentials, default=None, help="user:password to ask for")
     add_flag(
-        parser, environ, "queue-size", type=int, default=defaults.queue_size, help="people who may wait for an answer"
+        parser,
+        environ,
+        "queue-size",
+        type=int,
+        default=defaults.queue_size,
+        help="people who may wait for an answer",
     )
 
 
@@ -114,7 +137,9 @@ def settings_from(arguments: argparse.Namespace) -> Settings:
 
 def server_settings(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.environ) -> Settings:
     """The settings of `app.py`."""
-    parser = Parser(prog="app.py", description="Chat with a vision-language model and watch its experts being chosen.")
+    parser = Parser(
+        prog="app.py", description="Chat with a vision-language model and watch its experts being chosen."
+    )
     add_model_flags(parser, environ)
     add_server_flags(parser, environ)
     return settings_from(parser.parse_args(argv))

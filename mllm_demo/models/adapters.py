@@ -18,7 +18,9 @@ from mllm_demo.moe_lora import MoeLoraConfig
 def describe(name: str, config: PeftConfig) -> str:
     """One line for the page, from the adapter's own configuration."""
     if isinstance(config, MoeLoraConfig):
-        return f"{name} (MoE-LoRA, {config.num_experts} experts, top-{config.num_experts_per_tok}, r={config.r})"
+        return (
+            f"{name} (MoE-LoRA, {config.num_experts} experts, top-{config.num_experts_per_tok}, r={config.r})"
+        )
     kind = str(getattr(config.peft_type, "value", config.peft_type)).replace("LORA", "LoRA")
     rank = getattr(config, "r", None)
     return f"{name} ({kind}, r={rank})" if rank else f"{name} ({kind})"
@@ -44,7 +46,9 @@ def attach(model: PreTrainedModel, folder: Path, name: str) -> PeftModel:
         with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as weights:
             stored = set(weights.keys())
     except (OSError, SafetensorError) as error:
-        raise AdapterError(f"{ADAPTER_WEIGHTS} of {name} is damaged; fetch or save the adapter again.") from error
+        raise AdapterError(
+            f"{ADAPTER_WEIGHTS} of {name} is damaged; fetch or save the adapter again."
+        ) from error
     config = read_config(folder, name)
     try:
         adapted = PeftModel.from_pretrained(
@@ -70,5 +74,7 @@ def attach(model: PreTrainedModel, folder: Path, name: str) -> PeftModel:
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # torch lists size mismatches below a headline that names none.
-    detail = next((line for line in lines if "size mismatch" in line), lines[0] if lines else type(error).__name__)
+    detail = next(
+        (line for line in lines if "size mismatch" in line), lines[0] if lines else type(error).__name__
+    )
     return detail[:200].rstrip(".;:")

@@ -97,7 +97,11 @@ def digest(folder: Path) -> str:
 
 def _from_hub(name: str, patterns: tuple[str, ...], cache_dir: Path, progress: Progress) -> Files:
     """The snapshot of hub repository `name`; raises `DownloadError`."""
-    wanted = {"cache_dir": cache_dir / "hub", "allow_patterns": list(patterns), "ignore_patterns": list(IGNORED)}
+    wanted = {
+        "cache_dir": cache_dir / "hub",
+        "allow_patterns": list(patterns),
+        "ignore_patterns": list(IGNORED),
+    }
     try:
         folder = Path(snapshot_download(name, local_files_only=True, **wanted))
     except LocalEntryNotFoundError:
@@ -108,7 +112,9 @@ def _from_hub(name: str, patterns: tuple[str, ...], cache_dir: Path, progress: P
                 f"The hub asks for permission to fetch {name}; accept its terms there and set HF_TOKEN."
             ) from error
         except RepositoryNotFoundError as error:
-            raise DownloadError(f"The hub has no {name}; check the spelling, or give a local folder.") from error
+            raise DownloadError(
+                f"The hub has no {name}; check the spelling, or give a local folder."
+            ) from error
         except Exception as error:  # the exceptions of the client's HTTP library differ between its versions
             raise DownloadError(
                 f"{name} could not be fetched from the hub; check the network, or give a local folder with --model."
@@ -135,10 +141,14 @@ def fetch_descriptions(name: str, cache_dir: Path, progress: Progress) -> Files:
     """Configuration, tokenizer and processor files of a folder or hub id: small, enough to judge the model by."""
     folder = _local(name, CheckpointError, "model")
     if folder is None and "/" not in name:
-        raise CheckpointError(f"{name!r} is no preset, no folder and no hub id (owner/name); see --help for the presets.")
+        raise CheckpointError(
+            f"{name!r} is no preset, no folder and no hub id (owner/name); see --help for the presets."
+        )
     files = Files(folder, digest(folder)) if folder else _from_hub(name, DESCRIPTIONS, cache_dir, progress)
     if not (files.folder / "config.json").is_file():
-        raise CheckpointError(f"{name} holds no config.json, so it is not a model; check the path or the hub id.")
+        raise CheckpointError(
+            f"{name} holds no config.json, so it is not a model; check the path or the hub id."
+        )
     return files
 
 
@@ -146,10 +156,14 @@ def fetch_weights(name: str, cache_dir: Path, progress: Progress) -> Files:
     """All files of a model; raises `CheckpointError` when its weights are not safetensors."""
     folder = _local(name, CheckpointError, "model")
     files = (
-        Files(folder, digest(folder)) if folder else _from_hub(name, DESCRIPTIONS + WEIGHTS, cache_dir, progress)
+        Files(folder, digest(folder))
+        if folder
+        else _from_hub(name, DESCRIPTIONS + WEIGHTS, cache_dir, progress)
     )
     if not any(files.folder.glob("*.safetensors")):
-        raise CheckpointError(f"{name} has no .safetensors weights; pickled weights are not read, convert them first.")
+        raise CheckpointError(
+            f"{name} has no .safetensors weights; pickled weights are not read, convert them first."
+        )
     return files
 
 
@@ -157,12 +171,16 @@ def fetch_adapter(name: str, cache_dir: Path, progress: Progress) -> Files:
     """A PEFT adapter's folder; raises `AdapterError` when it is not one or is pickled."""
     folder = _local(name, AdapterError, "adapter")
     if folder is None and "/" not in name:
-        raise AdapterError(f"The adapter {name!r} is no folder and no hub id (owner/name); check the spelling.")
+        raise AdapterError(
+            f"The adapter {name!r} is no folder and no hub id (owner/name); check the spelling."
+        )
     folder = folder or _from_hub(name, (ADAPTER_CONFIG, ADAPTER_WEIGHTS), cache_dir, progress).folder
     if not (folder / ADAPTER_CONFIG).is_file():
         raise AdapterError(f"{name} holds no {ADAPTER_CONFIG}, so it is not a PEFT adapter; check the path.")
     if not (folder / ADAPTER_WEIGHTS).is_file():
-        raise AdapterError(f"{name} holds no {ADAPTER_WEIGHTS}; pickled adapters are not read, save it as safetensors.")
+        raise AdapterError(
+            f"{name} holds no {ADAPTER_WEIGHTS}; pickled adapters are not read, save it as safetensors."
+        )
     content = hashlib.sha256((folder / ADAPTER_CONFIG).read_bytes())
     content.update((folder / ADAPTER_WEIGHTS).read_bytes())
     return Files(folder, f"sha256:{content.hexdigest()[:16]}")

@@ -13,7 +13,13 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils import logging as transformers_logging
 
@@ -79,7 +85,9 @@ def _read_config(folder: Path, title: str) -> PretrainedConfig:
             "folder, which is never done; pick another model or upgrade transformers."
         ) from error
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        raise CheckpointError(f"{title} ({config.model_type}) does not read pictures; pick an image-text-to-text model.")
+        raise CheckpointError(
+            f"{title} ({config.model_type}) does not read pictures; pick an image-text-to-text model."
+        )
     return config
 
 
@@ -166,7 +174,9 @@ def _memory_errors(title: str, device: torch.device) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        exhausted = isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or "allocate memory" in str(error)
+        exhausted = isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or "allocate memory" in str(
+            error
+        )
         if not exhausted:
             raise
         raise OutOfMemoryError(
@@ -175,7 +185,9 @@ def _memory_errors(title: str, device: torch.device) -> Iterator[None]:
         ) from error
 
 
-def _load_base(resolved: ResolvedModel, device: torch.device, progress: Progress) -> tuple[PreTrainedModel, str]:
+def _load_base(
+    resolved: ResolvedModel, device: torch.device, progress: Progress
+) -> tuple[PreTrainedModel, str]:
     """The base model with quantized weights, and how they are really quantized."""
     title = resolved.title
     config = _read_config(resolved.folder, title)
@@ -190,7 +202,9 @@ def _load_base(resolved: ResolvedModel, device: torch.device, progress: Progress
                 config=config,
                 dtype=dtype,
                 device_map={"": device},
-                quantization_config=None if stored else quantize.bnb_config(resolved.choice.quantization, dtype),
+                quantization_config=None
+                if stored
+                else quantize.bnb_config(resolved.choice.quantization, dtype),
                 use_safetensors=True,
                 trust_remote_code=False,
                 local_files_only=True,
@@ -199,9 +213,13 @@ def _load_base(resolved: ResolvedModel, device: torch.device, progress: Progress
     except LoadError:
         raise
     except SafetensorError as error:
-        raise CheckpointError(f"The weights of {title} are damaged; delete them and fetch them again.") from error
+        raise CheckpointError(
+            f"The weights of {title} are damaged; delete them and fetch them again."
+        ) from error
     except ImportError as error:
-        raise CheckpointError(f"{title} needs a package that is missing: {' '.join(str(error).split())}") from error
+        raise CheckpointError(
+            f"{title} needs a package that is missing: {' '.join(str(error).split())}"
+        ) from error
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise CheckpointError(
             f"The weights of {title} do not fit its configuration or are incomplete; fetch or save them again."

@@ -36,18 +36,26 @@ def load_processor(folder: Path, config: PretrainedConfig, title: str) -> Proces
         processor_class = PROCESSOR_MAPPING.get(type(config), None)
         if processor_class is None or "video_processor" not in processor_class.get_attributes()[-1:]:
             reason = " ".join(str(error).split())
-            raise CheckpointError(f"The processor of {title} needs a package that is missing: {reason}") from error
+            raise CheckpointError(
+                f"The processor of {title} needs a package that is missing: {reason}"
+            ) from error
         try:
             processor = _without_video(processor_class).from_pretrained(folder, trust_remote_code=False)
         except ImportError as inner:
             reason = " ".join(str(inner).split())
-            raise CheckpointError(f"The processor of {title} needs a package that is missing: {reason}") from inner
+            raise CheckpointError(
+                f"The processor of {title} needs a package that is missing: {reason}"
+            ) from inner
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{title} has no usable processor in {folder}; save it there with processor.save_pretrained()."
         ) from error
     if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
-        raise CheckpointError(f"{title} has no processor for pictures and text; pick an image-text-to-text model.")
+        raise CheckpointError(
+            f"{title} has no processor for pictures and text; pick an image-text-to-text model."
+        )
     if not processor.chat_template:
-        raise CheckpointError(f"{title} has no chat template; pick a model tuned for chat (often named 'Instruct').")
+        raise CheckpointError(
+            f"{title} has no chat template; pick a model tuned for chat (often named 'Instruct')."
+        )
     return processor

@@ -24,7 +24,9 @@ def resolve_device(wanted: str) -> torch.device:
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise LoadError("No CUDA GPU is visible to PyTorch; use --device cpu, or install a CUDA build of torch.")
+        raise LoadError(
+            "No CUDA GPU is visible to PyTorch; use --device cpu, or install a CUDA build of torch."
+        )
     return torch.device("cuda", torch.cuda.current_device())
 
 

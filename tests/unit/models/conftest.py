@@ -68,7 +68,9 @@ def checkpoint(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoint")
     LlavaForConditionalGeneration(config).save_pretrained(folder)
     LlavaProcessor(
-        image_processor=CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}),
+        image_processor=CLIPImageProcessorPil(
+            size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
+        ),
         tokenizer=_tokenizer(),
         patch_size=8,
         vision_feature_select_strategy="default",
