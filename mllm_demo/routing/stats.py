@@ -1,8 +1,8 @@
 """Numbers of a `RoutingTrace`: how loaded, how specialised and how decided its experts are.
 
-Numpy only, no loop over tokens. It knows nothing of models, colours or pages. Shares are float64,
-0 to 1; a share of no tokens at all is 0. Expert 2 of one router and expert 2 of another are different experts:
-nothing here adds up experts of two routers.
+Numpy only, no loop over tokens. It knows nothing of models, colours or pages. Shares are float64, 0 to 1; a
+share of no tokens at all is 0. Expert 2 of one router and expert 2 of another are different experts: nothing
+here adds up experts of two routers.
 """
 
 from collections.abc import Sequence
