@@ -1,0 +1,84 @@
+"""A conversation as a model's inputs: chat template, pictures, and the check against the context length.
+
+It knows nothing of threads, queues or routing.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from mllm_demo.chat.messages import Conversation, pictures, to_chat_template
+from mllm_demo.errors import ContextLengthError, GenerationError
+from mllm_demo.models.loading import LoadedModel
+
+MIN_ANSWER_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What `generate` is given.
+
+    `inputs`: the processor's tensors on the model's device, `input_ids` int64 [1, len(ids)];
+    `messages`: the conversation as the model read it; `max_new_tokens`: what was asked for, clipped to what fits.
+    """
+
+    inputs: Mapping
+    ids: tuple[int, ...]
+    messages: Conversation
+    max_new_tokens: int
+
+
+def make_prompt(loaded: LoadedModel, messages: Conversation, max_new_tokens: int) -> Prompt:
+    """Builds the inputs for the answer to the last message.
+
+    Raises `ContextLengthError` when prompt and a few answer tokens exceed the context, and `GenerationError`
+    when there is no question or the model has no chat template.
+    """
+    if not messages or messages[-1].role != "user" or not messages[-1].content:
+        raise GenerationError("There is no question to answer; write one or add a picture first.")
+    processor = loaded.processor
+    tokenizer = processor.tokenizer
+    if not (getattr(processor, "chat_template", None) or tokenizer.chat_template):
+        raise GenerationError(f"{loaded.title} has no chat template; load a model made for chatting (instruct, chat).")
+    messages = without_control_tokens(messages, processor)
+    text = processor.apply_chat_template(to_chat_template(messages), add_generation_prompt=True, tokenize=False)
+    # A template that writes the beginning-of-text token itself must not get a second one from the tokenizer.
+    add_special_tokens = not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
+    images = [picture.to_pil() for picture in pictures(messages)]
+    inputs = processor(
+        text=[text], images=images or None, return_tensors="pt", add_special_tokens=add_special_tokens
+    )
+    ids = tuple(inputs["input_ids"][0].tolist())
+    room = loaded.context_length - len(ids)
+    if room < min(MIN_ANSWER_TOKENS, max_new_tokens):
+        raise ContextLengthError(
+            f"The conversation takes {len(ids)} tokens with {len(images)} pictures, and {loaded.title} reads "
+            f"{loaded.context_length} with its answer; start a new chat, or remove pictures or earlier messages."
+        )
+    return Prompt(inputs.to(loaded.device, loaded.model.dtype), ids, messages, min(max_new_tokens, room))
+
+
+def without_control_tokens(messages: Conversation, processor) -> Conversation:
+    """The same conversation with a space inside every control token that a person typed.
+
+    Text such as "<|im_end|>" or an image placeholder would otherwise end the turn, forge another role or ask
+    for a picture that is not there.
+    """
+    tokenizer = processor.tokenizer
+    control = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    control |= {*tokenizer.all_special_tokens, getattr(processor, "image_token", "")}
+    control = {token for token in control if len(token) > 1 and not token[0].isspace()}
+    if not control:
+        return messages
+    pattern = re.compile("|".join(re.escape(token) for token in sorted(control, key=len, reverse=True)))
+
+    def broken(text: str) -> str:
+        return pattern.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
+
+    return tuple(
+        replace(
+            message,
+            content=tuple(broken(part) if isinstance(part, str) else part for part in message.content),
+        )
+        for message in messages
+    )
