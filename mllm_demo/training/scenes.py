@@ -19,7 +19,7 @@ COLOURS = {
 SHAPES = ("circle", "square", "triangle", "star")
 MAX_COUNT = 4
 # How often each kind of picture is drawn, and the largest number of letters a word has.
-KINDS = {"single": 0.22, "same": 0.2, "objects": 0.18, "shapes": 0.2, "word": 0.14, "mixed": 0.06}
+KINDS = {"single": 0.18, "same": 0.18, "objects": 0.16, "shapes": 0.24, "word": 0.18, "mixed": 0.06}
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 

@@ -1,0 +1,106 @@
+"""Makes the bundled model ready on this machine, once: fetch, assemble, quantize, save; afterwards only a path.
+
+    python -m mllm_demo.models.bundled.weights [nf4|fp4|int8|none]
+
+The folder that it returns is an ordinary checkpoint for `AutoModelForImageTextToText` and `AutoProcessor`.
+It knows nothing of adapters or of what is loaded later.
+"""
+
+import gc
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import LlavaForConditionalGeneration
+
+from mllm_demo.chat.events import LoadProgress
+from mllm_demo.errors import DemoError, LoadError
+from mllm_demo.models.bundled.assembly import assemble, make_processor
+from mllm_demo.models.bundled.fetch import WHEEL_SHA256, language_model
+from mllm_demo.models.quantize import bnb_config
+
+ASSETS = Path(__file__).resolve().parents[3] / "assets" / "bundled"
+VISION_FILE = ASSETS / "vision.safetensors"
+ADAPTER = ASSETS / "adapter"
+# The parts that stay in full precision: small, and trained as such.
+FULL_PRECISION = ("vision_tower", "multi_modal_projector", "lm_head")
+LAYOUT_VERSION = 1  # raise when the saved folder changes shape
+
+Progress = Callable[[LoadProgress], None]
+
+
+def default_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mllm_demo"
+
+
+def _key(quantization: str) -> str:
+    """Changes whenever anything that the saved folder is made of changes."""
+    digest = hashlib.sha256(f"{LAYOUT_VERSION} {WHEEL_SHA256}".encode())
+    digest.update(VISION_FILE.read_bytes())
+    return f"tessera-{digest.hexdigest()[:12]}-{quantization}"
+
+
+def prepare(quantization: str, cache_dir: Path | None, progress: Progress) -> Path:
+    """Folder of the bundled model in `quantization`; raises `DownloadError` or `LoadError`.
+
+    Nothing is fetched or computed when the folder exists; a half-made one never stays.
+    """
+    cache = Path(cache_dir or default_cache())
+    target = cache / "bundled" / _key(quantization)
+    if target.exists():
+        return target
+
+    def fetched(done: int, total: int) -> None:
+        fraction = 0.6 * done / max(total, 1)
+        progress(LoadProgress(fraction, f"Fetching SmolLM2-135M-Instruct: {done / 1e6:.0f} of {total / 1e6:.0f} MB"))
+
+    try:
+        gguf = language_model(cache / "bundled", fetched)
+        progress(LoadProgress(0.6, "Reading the language model"))
+        processor = make_processor(gguf)
+        model = assemble(gguf, processor, VISION_FILE)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".part-") as folder:
+            full, ready = Path(folder) / "full", Path(folder) / "ready"
+            progress(LoadProgress(0.8, "Saving it"))
+            model.to(torch.bfloat16).save_pretrained(full)
+            del model
+            gc.collect()
+            if quantization == "none":
+                ready = full
+            else:
+                progress(LoadProgress(0.85, f"Quantizing it to {quantization.upper()}, once"))
+                _quantize(full, ready, quantization)
+            processor.save_pretrained(ready)
+            shutil.move(ready, target)
+    except OSError as error:
+        raise LoadError(f"Could not write the model to {cache} ({error.strerror}); choose another --cache-dir.") from error
+    progress(LoadProgress(1.0, "The model is on disk"))
+    return target
+
+
+def _quantize(source: Path, target: Path, quantization: str) -> None:
+    config = bnb_config(quantization, torch.bfloat16)
+    config.llm_int8_skip_modules = list(FULL_PRECISION)
+    model = LlavaForConditionalGeneration.from_pretrained(
+        source, quantization_config=config, dtype=torch.bfloat16, device_map={"": "cpu"}
+    )
+    model.save_pretrained(target)
+
+
+def main() -> int:
+    quantization = sys.argv[1] if len(sys.argv) > 1 else "nf4"
+    try:
+        print(prepare(quantization, None, lambda step: print(f"{step.fraction:4.0%} {step.note}", flush=True)))
+    except DemoError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""Turns scenes and questions into token sequences whose answers are the only labels.
+
+It knows nothing of optimizers; the text between the words is the processor's own chat template, taken apart.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from mllm_demo.training import art
+from mllm_demo.training.questions import ask_all
+from mllm_demo.training.scenes import SPLITS, render
+
+IGNORED = -100  # the label that torch's cross entropy skips
+
+
+@dataclass(frozen=True)
+class Sample:
+    """`input_ids`, `labels`: int64 `[T]`, labels already at the positions that predict them; `pixels` or None."""
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    pixels: torch.Tensor | None
+
+
+class Encoder:
+    """Makes samples with one processor."""
+
+    def __init__(self, processor, image_tokens: int):
+        self.processor, tokenizer = processor, processor.tokenizer
+        self.tokenizer = tokenizer
+        # What the template puts before a question, between it and its answer, and after the answer.
+        marks = ("QUESTION", "ANSWER")
+        text = processor.apply_chat_template(
+            [
+                {"role": "user", "content": [{"type": "text", "text": marks[0]}]},
+                {"role": "assistant", "content": [{"type": "text", "text": marks[1]}]},
+            ]
+        )
+        before, rest = text.split(marks[0])
+        between, after = rest.split(marks[1])
+        self.before, self.between = self._ids(before), self._ids(between)
+        end = self._ids(after)
+        self.end, self.after = end[:1], end[1:]
+        self.image = [processor.image_token_id] * image_tokens
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def encode(self, turns: list[tuple[str, str]], pixels: torch.Tensor | None) -> Sample:
+        """`turns`: (question, answer) pairs about one picture, which stands before the first question."""
+        ids: list[int] = []
+        labels: list[int] = []
+        for index, (question, answer) in enumerate(turns):
+            picture = self.image if pixels is not None and index == 0 else []
+            prompt = self.before + picture + self._ids(question) + self.between
+            reply = self._ids(answer) + self.end
+            ids += prompt + reply + self.after
+            labels += [IGNORED] * len(prompt) + reply + [IGNORED] * len(self.after)
+        return Sample(torch.tensor(ids), torch.tensor([*labels[1:], IGNORED]), pixels)
+
+
+class Conversations(Dataset):
+    """Picture number `start + i` of a split with up to `most` questions; some samples are text alone."""
+
+    def __init__(self, art_folder: Path, split: str, seed: int, count: int, encoder: Encoder, *, most: int = 4,
+                 start: int = 0, replies: tuple[tuple[str, str], ...] = (), text_share: float = 0.08):
+        self.art_folder, self.split, self.seed, self.count = art_folder, SPLITS[split], seed, count
+        self.encoder, self.most, self.start = encoder, most, start
+        self.replies, self.text_share = replies, text_share
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Sample:
+        index += self.start
+        rng = np.random.default_rng((self.seed, 77, index))
+        if self.replies and rng.random() < self.text_share:
+            return self.encoder.encode([self.replies[rng.integers(len(self.replies))]], None)
+        scene = render(art.load(self.art_folder), self.split, self.seed, index)
+        turns = [(question.prompt, question.answer) for question in ask_all(rng, scene, self.most)]
+        pixels = self.encoder.processor.image_processor(scene.image, return_tensors="pt").pixel_values[0]
+        return self.encoder.encode(turns, pixels)
+
+
+def collate(samples: list[Sample], pad: int) -> dict[str, torch.Tensor]:
+    """Right-padded batch; `pixel_values [pictures, 3, H, W]` in reading order, absent when there is none."""
+
+    def padded(rows: list[torch.Tensor], value: int) -> torch.Tensor:
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
+    ids = [sample.input_ids for sample in samples]
+    batch = {
+        "input_ids": padded(ids, pad),
+        "attention_mask": padded([torch.ones_like(row) for row in ids], 0),
+        "labels": padded([sample.labels for sample in samples], IGNORED),
+    }
+    pixels = [sample.pixels for sample in samples if sample.pixels is not None]
+    return batch | ({"pixel_values": torch.stack(pixels)} if pixels else {})

@@ -1,0 +1,55 @@
+"""Text-only questions whose answers the base model itself writes, so that training on pictures does not cost its chat.
+
+It knows nothing of pictures or training.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+PROMPTS = (
+    "What is the capital of France?", "Hi!", "Hello, who are you?", "How are you today?", "Tell me a short joke.",
+    "What is 2 + 2?", "Write a haiku about the sea.", "Give me a tip for sleeping better.", "What is photosynthesis?",
+    "Name three colours.", "Explain gravity in one sentence.", "What is the largest planet?", "Who wrote Hamlet?",
+    "Suggest a name for a cat.", "How do I boil an egg?", "What is a prime number?", "Write a sentence about rain.",
+    "What does a neuron do?", "List four kinds of fruit.", "What is machine learning?", "Why is the sky blue?",
+    "Translate 'good morning' into Spanish.", "What is the opposite of hot?", "How many days are in a week?",
+    "Give me a synonym for happy.", "What is a verb?", "Describe a forest.", "What is the boiling point of water?",
+    "Write a short greeting card.", "How can I learn to draw?", "What is the moon made of?", "What is HTML?",
+    "Tell me about penguins.", "Why do we dream?", "What is an atom?", "Name two programming languages.",
+    "What should I pack for the beach?", "Write one line of a poem about winter.", "How do plants drink water?",
+    "What is a volcano?", "Give me an idea for dinner.", "What is the speed of light?", "How do I say thanks politely?",
+    "What is a rainbow?", "Who was Albert Einstein?", "What is a good hobby?", "How do birds fly?", "Thank you!",
+    "What is recycling?", "Give a fun fact about cats.", "What is the internet?", "Can you help me?", "What is music?",
+    "How do I make tea?", "Name a famous painter.", "What is a triangle?", "What is democracy?", "Say something nice.",
+    "What is the difference between a lake and a river?", "How long is a year?", "What is bread made of?",
+)  # fmt: skip
+
+
+@torch.no_grad()
+def replies(model, processor, file: Path, max_new_tokens: int = 40) -> tuple[tuple[str, str], ...]:
+    """(prompt, the base model's greedy reply) pairs that ended by themselves or at a sentence; kept in `file`."""
+    if not file.exists():
+        tokenizer = processor.tokenizer
+        pairs = []
+        for start in range(0, len(PROMPTS), 16):
+            prompts = PROMPTS[start : start + 16]
+            texts = [
+                processor.apply_chat_template(
+                    [{"role": "user", "content": [{"type": "text", "text": p}]}], add_generation_prompt=True
+                )
+                for p in prompts
+            ]
+            inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+            made = model.generate(
+                input_ids=inputs.input_ids,
+                attention_mask=inputs.attention_mask,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+            )
+            new = tokenizer.batch_decode(made[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+            pairs += [(p, reply[: reply.rfind(".") + 1].strip()) for p, reply in zip(prompts, new, strict=True)]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps([pair for pair in pairs if pair[1]], indent=1))
+    return tuple((prompt, reply) for prompt, reply in json.loads(file.read_text()))
