@@ -1,0 +1,31 @@
+"""Figure: how the tokens were shared out among the experts, one bar a layer; it knows nothing of the page."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from plotly import graph_objects as go
+
+from mllm_demo.figures.palette import expert_colors
+from mllm_demo.figures.style import styled
+from mllm_demo.routing.stats import load_table
+from mllm_demo.routing.trace import RoutingTrace, Site
+
+
+def expert_load_figure(trace: RoutingTrace, sites: Sequence[Site], label: str) -> go.Figure:
+    """Stacked bars of `stats.load_table` [sites, experts]; `label` names the routers ("mlp")."""
+    table = np.nan_to_num(load_table(trace, sites))
+    layers = [site.layer_idx for site in sites]
+    bars = [
+        go.Bar(
+            name=f"expert {expert}",
+            x=layers,
+            y=table[:, expert] * 100,
+            marker={"color": color},
+            hovertemplate=f"layer %{{x}}, expert {expert}: %{{y:.0f}} %<extra></extra>",
+        )
+        for expert, color in enumerate(expert_colors(table.shape[1]))
+    ]
+    figure = styled(go.Figure(bars), title=f"Share of the tokens each expert served · {label}", height=330)
+    figure.update_xaxes(title="layer", dtick=max(1, len(layers) // 10))
+    figure.update_yaxes(title="% of tokens", range=[0, 100])
+    return figure

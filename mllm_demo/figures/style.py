@@ -1,0 +1,29 @@
+"""The look that all plotly figures share; it knows nothing of what they show.
+
+Backgrounds are transparent and inks are mid-grey, so that one figure reads on the light and on the dark page.
+"""
+
+from plotly import graph_objects as go
+
+INK = "#7d828c"
+LINE = "rgba(125, 130, 140, 0.25)"
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
+
+
+def styled(figure: go.Figure, *, title: str, height: int) -> go.Figure:
+    figure.update_layout(
+        title={"text": title, "font": {"size": 15}, "x": 0, "xanchor": "left", "xref": "paper"},
+        height=height,
+        margin={"l": 54, "r": 12, "t": 48, "b": 44},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        font={"family": FONT, "size": 12, "color": INK},
+        legend={"orientation": "h", "y": -0.16, "x": 0, "title": None},
+        barmode="stack",
+        bargap=0.14,
+        hoverlabel={"font": {"family": FONT}},
+        dragmode=False,
+    )
+    figure.update_xaxes(gridcolor=LINE, zeroline=False)
+    figure.update_yaxes(gridcolor=LINE, zeroline=False)
+    return figure

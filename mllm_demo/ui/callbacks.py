@@ -1,0 +1,288 @@
+"""What happens when somebody asks, stops, edits, loads a model or opens a trace.
+
+Talks to the engine through its protocol only and turns every `DemoError` into words in the page. It knows
+nothing of layout: `ui.page` decides which component each returned value goes to.
+"""
+
+import html
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import gradio as gr
+
+from mllm_demo.chat.events import Engine, EngineStatus, Event, Finished, Queued, Started, TextDelta, TraceUpdate
+from mllm_demo.chat.images import read_picture
+from mllm_demo.errors import DemoError
+from mllm_demo.figures.expert_load import expert_load_figure
+from mllm_demo.figures.modality_share import modality_share_figure
+from mllm_demo.figures.payload import PayloadStream, empty_payload
+from mllm_demo.routing.stats import site_groups
+from mllm_demo.routing.trace import RoutingTrace
+from mllm_demo.settings import ModelChoice, Sampling, Settings
+from mllm_demo.ui import history as chat
+from mllm_demo.ui import words
+from mllm_demo.ui.sessions import Sessions
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.3
+SLOW_TICK_S = 20.0
+FAST_TICK_S = 1.0
+# What one answer event updates, in this order: input, chat, view, status, download, notice.
+Outputs = tuple
+SKIP = gr.skip()
+
+
+class Callbacks:
+    """One per page. `sample`: the trace shown before anybody asked, or None."""
+
+    def __init__(self, engine: Engine, settings: Settings, sample: RoutingTrace | None) -> None:
+        self.engine = engine
+        self.settings = settings
+        self.sessions = Sessions()
+        self._sample = sample
+        self._sample_payload = (
+            PayloadStream("sample").update(sample, live=False, note=words.SAMPLE_NOTE)
+            if sample
+            else empty_payload(words.EMPTY_VIEW)
+        )
+        self.read: Callable = partial(
+            _read_upload,
+            max_bytes=settings.max_upload_mb * 2**20,
+            max_pixels=settings.max_image_megapixels * 10**6,
+        )
+
+    # Opening and closing the page
+
+    def opened(self) -> tuple:
+        status = self.engine.status()
+        return self._sample_payload, status_line(status), self.tick(), *self._overview(self._sample)
+
+    def closed(self, request: gr.Request) -> None:
+        self.sessions.forget(_key(request))
+
+    def tick(self) -> gr.Timer:
+        busy = self.engine.status().state == "loading"
+        return gr.Timer(FAST_TICK_S if busy else SLOW_TICK_S)
+
+    def refreshed(self) -> tuple:
+        status = self.engine.status()
+        return status_line(status), self.tick()
+
+    # Asking
+
+    def send(
+        self, request: gr.Request, entered: dict | None, history: chat.History, *sampling: float
+    ) -> Iterator[Outputs]:
+        """A message typed by a person; its pictures are checked before anything else happens."""
+        entered = entered or {}
+        text, files = (entered.get("text") or "").strip(), list(entered.get("files") or [])
+        good, problems = self._checked(files)
+        if problems:
+            kept = {"text": entered.get("text") or "", "files": good}
+            yield kept, SKIP, SKIP, SKIP, SKIP, notice(" ".join(problems))
+            return
+        if not text and not files:
+            yield SKIP, SKIP, SKIP, SKIP, SKIP, notice(words.NOTHING_ASKED)
+            return
+        message = chat.user_message(text or words.WHAT_IS_THIS, files)
+        yield from self._answer([*history, message], sampling, request, first_input={"text": "", "files": []})
+
+    def example(self, request: gr.Request, event: gr.SelectData, *sampling: float) -> Iterator[Outputs]:
+        files = [file["path"] for file in event.value.get("files") or []]
+        message = chat.user_message(event.value.get("text") or "", files)
+        yield from self._answer([message], sampling, request)
+
+    def retry(
+        self, request: gr.Request, event: gr.RetryData, history: chat.History, *sampling: float
+    ) -> Iterator[Outputs]:
+        yield from self._answer(chat.before_answer(history, event.index), sampling, request)
+
+    def edit(
+        self, request: gr.Request, event: gr.EditData, history: chat.History, *sampling: float
+    ) -> Iterator[Outputs]:
+        index = event.index if isinstance(event.index, int) else event.index[0]
+        message = chat.with_text(history[index], str(event.value))
+        yield from self._answer([*history[:index], message], sampling, request)
+
+    def undo(self, history: chat.History, event: gr.UndoData, request: gr.Request) -> tuple:
+        self.sessions.stop(_key(request))
+        message = history[event.index]
+        back = {"text": chat.text_of(message), "files": [path for path, _ in chat.files_of(message)]}
+        return back, history[: event.index]
+
+    def cleared(self, request: gr.Request) -> tuple:
+        self.sessions.forget(_key(request))
+        return self._sample_payload, gr.DownloadButton(value=None, interactive=False), "", *self._overview(self._sample)
+
+    def stopped(self, request: gr.Request) -> None:
+        self.sessions.stop(_key(request))
+
+    def _checked(self, files: list[str]) -> tuple[list[str], list[str]]:
+        good, problems = [], []
+        for path in files:
+            try:
+                self.read(path, Path(path).name)
+                good.append(path)
+            except DemoError as error:
+                problems.append(str(error))
+        return good, problems
+
+    def _answer(
+        self, history: chat.History, sampling: Sequence[float], request: gr.Request, first_input: dict | None = None
+    ) -> Iterator[Outputs]:
+        key = _key(request)
+        stop = self.sessions.begin(key)
+        stream = PayloadStream()
+        view: object = SKIP
+        answer = ""
+        busy = gr.MultimodalTextbox(submit_btn=False, stop_btn=True)
+        if first_input is not None:
+            busy = gr.MultimodalTextbox(value=first_input, submit_btn=False, stop_btn=True)
+        idle = gr.MultimodalTextbox(submit_btn=True, stop_btn=False)
+        pending = chat.remark(words.waiting(Queued(0)), pending=True)
+        yield busy, [*history, pending], SKIP, SKIP, SKIP, ""
+        try:
+            for status in self._until_ready(stop):
+                yield SKIP, [*history, chat.remark(words.loading(status), pending=True)], SKIP, SKIP, SKIP, ""
+            asked = chat.conversation(history, self.read)
+            for event in self.engine.answer(asked, _sampling(sampling), stop):
+                if not self.sessions.is_current(key, stop):
+                    return
+                if isinstance(event, Finished):
+                    yield self._finished(key, event, history, stream, idle)
+                    return
+                if isinstance(event, TraceUpdate):
+                    view = stream.update(event.trace, live=True)
+                elif isinstance(event, TextDelta):
+                    answer = event.text
+                yield SKIP, [*history, _shown(event, answer)], view, SKIP, SKIP, ""
+        except DemoError as error:
+            sentence = str(error)
+        except Exception:
+            log.exception("answering failed")
+            sentence = words.UNEXPECTED
+        if self.sessions.is_current(key, stop):
+            partly = [chat.answer_message(answer)] if answer else []
+            remark = chat.remark(words.NOT_ANSWERED, sentence)
+            yield idle, [*history, *partly, remark], view, status_line(self.engine.status()), SKIP, ""
+
+    def _until_ready(self, stop: threading.Event) -> Iterator[EngineStatus]:
+        """Reports while the model loads; returns when it is ready, raises `DemoError` when it never will be."""
+        while (status := self.engine.status()).state != "ready":
+            if status.state == "failed":
+                raise DemoError(words.failed(status))
+            if status.state == "empty":
+                raise DemoError(words.NO_MODEL)
+            if stop.is_set():
+                raise DemoError(words.STOPPED_WAITING)
+            yield status
+            stop.wait(POLL_S)
+
+    def _finished(
+        self, key: str, event: Finished, history: chat.History, stream: PayloadStream, idle: gr.MultimodalTextbox
+    ) -> Outputs:
+        status = self.engine.status()
+        if event.trace is None:
+            view, download = empty_payload(words.NO_ROUTING), gr.DownloadButton(value=None, interactive=False)
+        else:
+            view = stream.update(event.trace, live=False, note=words.how_it_ended(event))
+            download = self._download(event.trace)
+        self.sessions.keep_trace(key, event.trace)
+        shown = chat.answer_message(event.text) if event.text else chat.remark(words.how_it_ended(event) or "…")
+        return idle, [*history, shown], view, status_line(status, event), download, ""
+
+    def _download(self, trace: RoutingTrace) -> gr.DownloadButton:
+        path = trace.save(self.sessions.trace_path())
+        return gr.DownloadButton(value=str(path), interactive=True)
+
+    # Traces
+
+    def open_trace(self, path: str, request: gr.Request) -> tuple:
+        """Shows a saved trace; on any other file nothing changes but the notice. View, download, notice."""
+        try:
+            trace = RoutingTrace.load(path)
+            view = PayloadStream("file").update(trace, live=False, note=Path(path).name)
+        except DemoError as error:
+            return SKIP, SKIP, notice(str(error).replace(str(path), Path(path).name))
+        self.sessions.keep_trace(_key(request), trace)
+        return view, self._download(trace), ""
+
+    def overview(self, request: gr.Request) -> tuple:
+        return self._overview(self.sessions.trace(_key(request)))
+
+    def _overview(self, trace: RoutingTrace | None) -> tuple:
+        """Expert load and modality share of the first routers that choose per token; None when there are none."""
+        groups = site_groups(trace).values() if trace else ()
+        choosing = [sites for sites in groups if sites[0].granularity == "token"]
+        if trace is None or not choosing:
+            return None, None
+        sites = next((sites for sites in choosing if sites[0].block == "mlp"), choosing[0])
+        label = sites[0].block
+        return expert_load_figure(trace, sites, label), modality_share_figure(trace, sites, label)
+
+    # Models
+
+    def load(self, model: str, adapter: str, quantization: str) -> Iterator[tuple[str, str, str]]:
+        """Loads another model; yields progress, status line, notice."""
+        try:
+            choice = ModelChoice(model or "", adapter.strip() or None, quantization, self.settings.choice.device)
+            for step in self.engine.load(choice):
+                yield progress(step.fraction, step.note), status_line(self.engine.status()), ""
+        except DemoError as error:
+            yield "", status_line(self.engine.status()), notice(str(error))
+            return
+        except Exception:
+            log.exception("loading failed")
+            yield "", status_line(self.engine.status()), notice(words.UNEXPECTED)
+            return
+        yield "", status_line(self.engine.status()), ""
+
+
+def _read_upload(path: str, name: str, *, max_bytes: int, max_pixels: int):
+    return read_picture(path, max_bytes=max_bytes, max_pixels=max_pixels, name=name)
+
+
+def _key(request: gr.Request) -> str:
+    return str(request.session_hash)
+
+
+def _sampling(values: Sequence[float]) -> Sampling:
+    max_new_tokens, temperature, top_p, repetition_penalty, seed = values
+    return Sampling(int(max_new_tokens), float(temperature), float(top_p), float(repetition_penalty), int(seed or 0))
+
+
+def _shown(event: Event, answer: str) -> dict:
+    if answer:
+        return chat.answer_message(answer)
+    if isinstance(event, Queued):
+        return chat.remark(words.waiting(event), pending=True)
+    if isinstance(event, Started):
+        return chat.remark(words.reading(event), pending=True)
+    return chat.remark("Thinking", pending=True)
+
+
+def notice(sentence: str) -> str:
+    return f'<div class="notice" role="alert"><span>{html.escape(sentence)}</span></div>'
+
+
+def progress(fraction: float, note: str) -> str:
+    percent = round(100 * fraction)
+    return (
+        f'<div class="progress" role="status"><progress max="100" value="{percent}" aria-label="Loading the model">'
+        f"</progress><div>{html.escape(note)} · {percent} %</div></div>"
+    )
+
+
+def status_line(status: EngineStatus, finished: Finished | None = None) -> str:
+    if status.state == "ready":
+        name, *rest = words.status_parts(status, finished)
+        parts = [f'<span class="name">{html.escape(name)}</span>', *(f"<span>{html.escape(p)}</span>" for p in rest)]
+    else:
+        said = {"loading": words.loading(status), "failed": words.failed(status)}.get(status.state, words.NO_MODEL)
+        parts = [f"<span>{html.escape(said)}</span>"]
+    inner = '<i class="dot" aria-hidden="true"></i>' + "".join(parts)
+    return f'<div class="status" role="status" aria-label="Model" data-state="{status.state}">{inner}</div>'

@@ -1,0 +1,76 @@
+"""What the server remembers of each browser session: the running answer's stop switch and the last trace.
+
+Conversations are not here: they live in the page of the person who has them. It knows nothing of Gradio.
+"""
+
+import secrets
+import tempfile
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mllm_demo.routing.trace import RoutingTrace
+
+MAX_SESSIONS = 256
+
+
+@dataclass
+class _Session:
+    stop: threading.Event = field(default_factory=threading.Event)
+    trace: RoutingTrace | None = None
+
+
+class Sessions:
+    """Thread-safe; one object per page. The session unused for longest is dropped beyond `capacity`."""
+
+    def __init__(self, capacity: int = MAX_SESSIONS) -> None:
+        self._capacity = capacity
+        self._lock = threading.Lock()
+        self._sessions: OrderedDict[str, _Session] = OrderedDict()
+        self._folder = tempfile.TemporaryDirectory(prefix="routing-traces-")
+
+    def begin(self, key: str) -> threading.Event:
+        """A fresh stop switch for a new answer; an answer still running in this session is stopped."""
+        with self._lock:
+            session = self._sessions.setdefault(key, _Session())
+            self._sessions.move_to_end(key)
+            session.stop.set()
+            session.stop = threading.Event()
+            while len(self._sessions) > self._capacity:
+                _, oldest = self._sessions.popitem(last=False)
+                oldest.stop.set()
+            return session.stop
+
+    def is_current(self, key: str, stop: threading.Event) -> bool:
+        """False once another answer began in this session, or the session is gone."""
+        with self._lock:
+            session = self._sessions.get(key)
+            return session is not None and session.stop is stop
+
+    def stop(self, key: str) -> None:
+        """Stops the running answer, if there is one."""
+        with self._lock:
+            if session := self._sessions.get(key):
+                session.stop.set()
+
+    def forget(self, key: str) -> None:
+        """The tab was closed: stops its answer and drops its trace."""
+        with self._lock:
+            if session := self._sessions.pop(key, None):
+                session.stop.set()
+
+    def keep_trace(self, key: str, trace: RoutingTrace | None) -> None:
+        with self._lock:
+            self._sessions.setdefault(key, _Session()).trace = trace
+
+    def trace(self, key: str) -> RoutingTrace | None:
+        with self._lock:
+            session = self._sessions.get(key)
+            return session.trace if session else None
+
+    def trace_path(self) -> Path:
+        """Where one trace may be written; nobody can guess the name of another's."""
+        folder = Path(self._folder.name) / secrets.token_hex(16)
+        folder.mkdir()
+        return folder / "routing_trace.safetensors"

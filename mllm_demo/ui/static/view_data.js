@@ -1,0 +1,147 @@
+// Payload in, typed arrays and answers about them out. Knows nothing of the page.
+
+function decodeBytes(text) {
+  const binary = atob(text);
+  const bytes = new Uint8Array(binary.length);
+  for (let i = 0; i < binary.length; i++) bytes[i] = binary.charCodeAt(i);
+  return bytes.buffer;
+}
+
+function joinArrays(Type, chunks) {
+  const all = new Type(chunks.reduce((sum, chunk) => sum + chunk.length, 0));
+  let at = 0;
+  for (const chunk of chunks) { all.set(chunk, at); at += chunk.length; }
+  return all;
+}
+
+const MODALITY = { i: "image", t: "text", s: "special" };
+const ROLE = { y: "system", u: "you", a: "answer" };
+
+class Trace {
+  constructor(payload) {
+    this.key = payload.key;
+    this.ids = [];
+    this.starts = [];
+    this.tokens = [];
+    this.sites = payload.sites;
+    this.columns = payload.sites.map(() => ({ probs: [], selected: [], weights: [] }));
+    this.read(payload);
+  }
+
+  // Takes over what is new in `payload`; returns the first position that changed.
+  read(payload) {
+    Object.assign(this, { colors: payload.colors, scale: payload.scale, kinds: payload.kinds });
+    Object.assign(this, { images: payload.images, live: payload.live, kind: payload.kind, note: payload.note });
+    let same = 0;
+    while (same < this.ids.length && same < payload.parts.length && this.ids[same] === payload.parts[same].id) same++;
+    const from = same < this.ids.length ? this.starts[same] : this.tokens.length;
+    this.tokens.length = from;
+    this.ids.length = this.starts.length = same;
+    for (const column of this.columns) for (const name in column) column[name].length = same;
+    for (const part of payload.parts.slice(same)) this.append(part);
+    this.arrays = this.columns.map((column) => ({
+      probs: joinArrays(Uint8Array, column.probs),
+      selected: joinArrays(Uint16Array, column.selected),
+      weights: joinArrays(Float32Array, column.weights),
+    }));
+    return from;
+  }
+
+  append(part) {
+    const start = this.tokens.length;
+    this.ids.push(part.id);
+    this.starts.push(start);
+    part.text.forEach((text, i) => this.tokens.push({
+      index: start + i, text, modality: MODALITY[part.modality[i]], role: ROLE[part.role[i]],
+      decoded: part.phase[i] === "d", image: null, box: null,
+    }));
+    for (const [offset, image, ...box] of part.places) {
+      const token = this.tokens[start + offset];
+      token.image = image;
+      token.box = box.length ? box : null;
+    }
+    this.columns.forEach((column, s) => {
+      column.probs.push(new Uint8Array(decodeBytes(part.probs[s])));
+      column.selected.push(new Uint16Array(decodeBytes(part.selected[s])));
+      column.weights.push(new Float32Array(decodeBytes(part.weights[s])));
+    });
+  }
+
+  // Row of `token` in the arrays of site `s`: a sequence-level choice has one row for all.
+  row(s, token) { return this.sites[s].granularity === "sequence" ? 0 : token; }
+
+  // The selected experts with their weights, strongest first.
+  chosen(s, token) {
+    const { k } = this.sites[s];
+    const at = this.row(s, token) * k;
+    const found = [];
+    for (let i = at; i < at + k; i++) found.push([this.arrays[s].selected[i], this.arrays[s].weights[i]]);
+    return found.sort((a, b) => b[1] - a[1]);
+  }
+
+  probs(s, token) {
+    const { experts } = this.sites[s];
+    const at = this.row(s, token) * experts;
+    return Array.from(this.arrays[s].probs.subarray(at, at + experts), (value) => value / 255);
+  }
+
+  // 0 (sure) to 1 (all experts alike).
+  entropy(s, token) {
+    const probs = this.probs(s, token);
+    const total = probs.reduce((sum, p) => sum + p, 0) || 1;
+    const nats = probs.reduce((sum, p) => (p > 0 ? sum - (p / total) * Math.log(p / total) : sum), 0);
+    return probs.length > 1 ? Math.max(0, Math.min(1, nats / Math.log(probs.length))) : 0;
+  }
+
+  // The first word of the answer, else the last word of the prompt, else the last position.
+  defaultToken() {
+    const word = (token) => token.modality === "text" && /[\p{L}\p{N}]/u.test(token.text);
+    const answer = this.tokens.find((token) => token.decoded && word(token));
+    const prompt = this.tokens.filter((token) => !token.decoded && word(token)).pop();
+    return (answer || prompt || this.tokens[this.tokens.length - 1]).index;
+  }
+
+  layerName(s) {
+    const { layer, block } = this.sites[s];
+    return layer < 0 ? `whole ${block}` : `layer ${layer}`;
+  }
+}
+
+// Colours as [r, g, b].
+function hexToRgb(hex) {
+  return [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16));
+}
+
+function mix(under, over, alpha) {
+  return under.map((value, i) => Math.round(value + (over[i] - value) * alpha));
+}
+
+function css(rgb) { return `rgb(${rgb[0]} ${rgb[1]} ${rgb[2]})`; }
+
+function luminance(rgb) {
+  const [r, g, b] = rgb.map((v) => (v / 255 <= 0.04045 ? v / 255 / 12.92 : ((v / 255 + 0.055) / 1.055) ** 2.4));
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+}
+
+// Ink that reads best on `rgb`.
+function inkOn(rgb) { return luminance(rgb) > 0.2 ? "#14161a" : "#ffffff"; }
+
+function scaleColor(stops, at) {
+  const x = Math.max(0, Math.min(1, at)) * (stops.length - 1);
+  const i = Math.min(stops.length - 2, Math.floor(x));
+  return mix(hexToRgb(stops[i]), hexToRgb(stops[i + 1]), x - i);
+}
+
+// A token's text with the invisible made visible; for drawing through textContent only.
+function visible(text) {
+  if (text === "") return "∅";
+  if (/^ +$/.test(text)) return "␣".repeat(Math.min(4, text.length));
+  return text.replace(/\r?\n/g, "⏎").replace(/\t/g, "⇥");
+}
+
+function make(tag, className, text) {
+  const node = document.createElement(tag);
+  if (className) node.className = className;
+  if (text !== undefined) node.textContent = text;
+  return node;
+}

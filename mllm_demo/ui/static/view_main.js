@@ -1,0 +1,225 @@
+// Joins the views: one selection (token, layer, router) drives them all. `element`, `props` and `watch` come from Gradio.
+
+function createRoutingView(element, props, watch) {
+  const root = element.querySelector(".rv");
+  const find = (selector) => root.querySelector(selector);
+  const parts = { body: find(".rv-body"), empty: find(".rv-empty"), now: find(".rv-now"), tip: find(".rv-tip") };
+  const slider = find(".rv-layer input");
+  const play = find(".rv-play");
+  let theme = null;
+  let playing = null;
+  let picked = false;
+  let rgb = [];
+
+  const view = {
+    trace: null, token: 0, layer: 0, router: "", mode: "expert",
+    routerKind() { return view.trace.kinds.find((kind) => kind.label === view.router) || view.trace.kinds[0]; },
+    sites() { return view.routerKind().sites; },
+    siteIndex() { return view.sites()[view.layer]; },
+    site() { return view.trace.sites[view.siteIndex()]; },
+    color(expert) { return view.trace.colors[expert]; },
+    paper: () => theme.paper,
+    ink: () => theme.ink,
+    // The colour of `token` at site `s` and how strongly it shows, 0 to 1.
+    shade(token, s = view.siteIndex()) {
+      if (view.mode === "entropy") return [scaleColor(view.trace.scale, view.trace.entropy(s, token)), 1];
+      const [expert, weight] = view.trace.chosen(s, token)[0];
+      return [rgb[expert], 0.18 + 0.82 * Math.max(0, Math.min(1, weight))];
+    },
+    blend(token, strength, s) {
+      const [color, alpha] = view.shade(token, s);
+      return mix(theme.paper, color, alpha * strength);
+    },
+    tint(token, strength) {
+      const [color, alpha] = view.shade(token);
+      return `rgb(${color[0]} ${color[1]} ${color[2]} / ${(alpha * strength).toFixed(3)})`;
+    },
+    select(change) {
+      const last = view.trace.tokens.length - 1;
+      if (change.token !== undefined) view.token = Math.max(0, Math.min(last, change.token));
+      if (change.token !== undefined) picked = true;
+      if (change.layer !== undefined) view.layer = Math.max(0, Math.min(view.sites().length - 1, change.layer));
+      controls();
+      views.forEach((one) => one.select());
+    },
+    describe(token, s) {
+      const { block, granularity } = view.trace.sites[s];
+      const { text, modality, image, index } = view.trace.tokens[token];
+      const name = modality === "image" ? `patch of image ${image + 1}` : `“${visible(text)}”`;
+      const who = granularity === "sequence" ? "whole conversation" : `token ${index} ${name}`;
+      const experts = view.trace.chosen(s, token).map(([expert, weight]) => `expert ${expert} (weight ${weight.toFixed(2)})`);
+      const label = view.trace.kinds.find((kind) => kind.sites.includes(s)).label;
+      return [who, view.trace.layerName(s), label || block, experts.join(" + ")].join(" · ");
+    },
+    tip(event, token, s) {
+      parts.tip.hidden = !event;
+      if (!event) return;
+      parts.tip.textContent = view.describe(token, s);
+      const box = parts.body.getBoundingClientRect();
+      const x = Math.min(event.clientX - box.left + 12, box.width - parts.tip.offsetWidth - 4);
+      parts.tip.style.left = `${Math.max(0, x)}px`;
+      parts.tip.style.top = `${event.clientY - box.top + 18}px`;
+    },
+    hover(node, selector) {
+      node.addEventListener("mousemove", (event) => {
+        const target = event.target.closest(selector);
+        view.tip(target ? event : null, target ? Number(target.dataset.token) : 0, view.trace ? view.siteIndex() : 0);
+      });
+      node.addEventListener("mouseleave", () => view.tip(null));
+    },
+  };
+
+  const layers = createLayersView(root, view);
+  const views = [createImageView(root, view), createTokenView(root, view), createWordsView(root, view), layers];
+  const repaint = () => views.forEach((one) => one.paint());
+
+  function readTheme() {
+    const dark = document.body.classList.contains("dark");
+    const [paper, ink] = dark ? [[24, 25, 29], "#eceef2"] : [[255, 255, 255], "#1b1d22"];
+    theme = { paper, ink };
+  }
+
+  function radios(holder, name, options, current, onpick) {
+    const wanted = options.join("|");
+    if (holder.dataset.options !== wanted) {
+      holder.dataset.options = wanted;
+      holder.replaceChildren(...options.map((option) => {
+        const label = make("label");
+        const input = make("input");
+        Object.assign(input, { type: "radio", name: `${name}-${element.id}`, value: option });
+        input.onchange = () => onpick(option);
+        label.append(input, make("span", "", option));
+        return label;
+      }));
+    }
+    for (const input of holder.querySelectorAll("input")) input.checked = input.value === current;
+  }
+
+  function controls() {
+    const kinds = view.trace.kinds.map((kind) => kind.label);
+    radios(find(".rv-router .rv-seg"), "router", kinds, view.routerKind().label, pickRouter);
+    radios(find(".rv-mode .rv-seg"), "mode", ["expert", "entropy"], view.mode, (mode) => { view.mode = mode; controls(); repaint(); });
+    const name = view.trace.layerName(view.siteIndex());
+    slider.max = view.sites().length - 1;
+    slider.value = view.layer;
+    slider.disabled = play.disabled = view.sites().length < 2;
+    slider.setAttribute("aria-valuetext", name);
+    find(".rv-layer-value").textContent = view.site().layer < 0 ? "all" : String(view.site().layer);
+    parts.now.textContent = view.describe(view.token, view.siteIndex());
+    const note = find(".rv-note");
+    note.textContent = noteFor();
+    note.hidden = !note.textContent;
+    legend();
+  }
+
+  function noteFor() {
+    const { granularity, shared } = view.site();
+    const [[expert, weight]] = view.trace.chosen(view.siteIndex(), view.token);
+    const where = view.trace.layerName(view.siteIndex());
+    const said = {
+      sequence: `This router makes one choice for the whole conversation: expert ${expert} of ${where}, weight ${weight.toFixed(2)}. `
+        + "No single patch or word chose it, so none is coloured.",
+      modality: "This router sends tokens by kind alone: all image tokens to one expert, all text tokens to another.",
+      token: "",
+    }[granularity];
+    return shared ? `${said} Every token also passes through a shared expert, which no router chooses.`.trim() : said;
+  }
+
+  function legend() {
+    const entropy = view.mode === "entropy";
+    const list = find(".rv-legend-experts");
+    const count = Math.max(...view.sites().map((s) => view.trace.sites[s].experts));
+    list.hidden = entropy;
+    if (list.childElementCount !== count || list.dataset.key !== view.trace.key) {
+      list.dataset.key = view.trace.key;
+      list.replaceChildren(...Array.from({ length: count }, (_, expert) => {
+        const item = make("li");
+        const swatch = make("span", "rv-swatch");
+        swatch.style.backgroundColor = view.color(expert);
+        item.append(swatch, make("span", "", `expert ${expert}`));
+        return item;
+      }));
+    }
+    const scale = find(".rv-legend-scale");
+    scale.hidden = !entropy;
+    if (entropy) {
+      const canvas = scale.querySelector("canvas");
+      const pen = canvas.getContext("2d");
+      for (let x = 0; x < canvas.width; x++) {
+        pen.fillStyle = css(scaleColor(view.trace.scale, x / (canvas.width - 1)));
+        pen.fillRect(x, 0, 1, canvas.height);
+      }
+    }
+    find(".rv-legend-text").textContent = entropy
+      ? "Entropy of the router's probabilities before the choice."
+      : "Stronger colour: larger routing weight. A colour names a number within its layer: "
+        + "expert 2 of one layer and expert 2 of another are different experts.";
+  }
+
+  function pickRouter(label) {
+    const before = view.site().layer;
+    view.router = label;
+    const near = view.sites().map((s, i) => [Math.abs(view.trace.sites[s].layer - before), i]).sort((a, b) => a[0] - b[0]);
+    view.layer = near[0][1];
+    controls();
+    repaint();
+  }
+
+  function togglePlay(on) {
+    clearInterval(playing);
+    playing = on ? setInterval(() => view.select({ layer: (view.layer + 1) % view.sites().length }), 350) : null;
+    play.setAttribute("aria-pressed", String(on));
+  }
+
+  function header() {
+    const badge = find(".rv-badge");
+    const { kind, live, note } = view.trace;
+    badge.hidden = false;
+    badge.textContent = live ? "live" : { sample: "recorded example", file: "opened file" }[kind] || "your answer";
+    badge.dataset.kind = live ? "live" : kind;
+    find(".rv-source").textContent = note || "";
+  }
+
+  function show(payload) {
+    const drawable = payload && payload.parts && payload.parts.length && payload.sites.length;
+    parts.empty.hidden = Boolean(drawable);
+    parts.body.hidden = !drawable;
+    root.dataset.state = drawable ? "drawn" : "empty";
+    if (!drawable) {
+      togglePlay(false);
+      view.trace = null;
+      find(".rv-badge").hidden = true;
+      find(".rv-source").textContent = "";
+      if (payload && payload.empty) find(".rv-empty-text").textContent = payload.empty;
+      return;
+    }
+    const known = view.trace && view.trace.key === payload.key;
+    const from = known ? view.trace.read(payload) : 0;
+    if (!known) {
+      view.trace = new Trace(payload);
+      picked = false;
+      const mlp = view.trace.kinds.find((kind) => kind.block === "mlp");
+      if (!view.trace.kinds.some((kind) => kind.label === view.router)) {
+        view.router = (mlp || view.trace.kinds[0]).label;
+        view.layer = Math.floor(view.sites().length / 2);
+      }
+      view.layer = Math.min(view.layer, view.sites().length - 1);
+    }
+    rgb = view.trace.colors.map(hexToRgb);
+    if (!picked || view.token >= view.trace.tokens.length) view.token = view.trace.defaultToken();
+    header();
+    controls();
+    views.forEach((one) => one.rebuild(from));
+  }
+
+  readTheme();
+  slider.oninput = () => view.select({ layer: Number(slider.value) });
+  play.onclick = () => togglePlay(!playing);
+  new MutationObserver(() => { readTheme(); if (view.trace) repaint(); })
+    .observe(document.body, { attributes: true, attributeFilter: ["class"] });
+  new ResizeObserver(() => { if (view.trace) layers.rebuild(); }).observe(find(".rv-map"));
+  watch("value", () => show(props.value));
+  show(props.value);
+}
+
+createRoutingView(element, props, watch);

@@ -1,0 +1,85 @@
+"""Every text of the page, so that tone and spelling are decided in one place; it knows nothing of Gradio."""
+
+from mllm_demo.chat.events import EngineStatus, Finished, Queued, Started
+
+PAGE_TITLE = "Which expert sees what? A 4-bit MoE-LoRA vision-language model"
+HEADLINE = "Which expert sees what?"
+SUBLINE = (
+    "Ask a 4-bit vision-language model about a picture and watch its LoRA experts share the work, "
+    "patch by patch and word by word."
+)
+
+PLACEHOLDER_INPUT = "Ask about a picture; paste or drop one here"
+CHAT_LABEL = "Conversation"
+CHAT_EMPTY = "**Drop a picture below and ask.**\n\nOr start with one of these:"
+CHAT_EMPTY_PLAIN = "**Drop a picture below and ask.**"
+WHAT_IS_THIS = "What is in this picture?"
+STOP = "Stop"
+NOT_ANSWERED = "Not answered"
+
+EMPTY_VIEW = "Ask about a picture, and the expert that every patch and every word went to is drawn here."
+NO_ROUTING = (
+    "This answer has no routing to show: the model has no mixture of LoRA experts. Load the bundled model, or "
+    "an adapter of type MoE-LoRA, under Settings."
+)
+SAMPLE_NOTE = "recorded earlier; ask something and your own answer takes its place"
+
+SETTINGS = "Settings"
+MODEL_LABEL = "Model"
+MODEL_INFO = "a preset, a folder on the server or a Hugging Face id"
+ADAPTER_LABEL = "Adapter"
+ADAPTER_INFO = "folder or id of a PEFT adapter; empty for the preset's own"
+QUANTIZATION_LABEL = "Quantization"
+LOAD = "Load this model"
+LOAD_SHARED = "Everybody on this page shares one model; loading another one replaces it for all."
+DOWNLOAD_TRACE = "Download trace"
+OPEN_TRACE = "Open trace"
+
+NOTHING_ASKED = "Write a question first, or choose an example."
+NO_MODEL = "No model is loaded; choose one under Settings and press “Load this model”."
+STOPPED_WAITING = "Stopped before the model was ready; press retry to ask again."
+UNEXPECTED = "Something unexpected went wrong; the server's log says what. Press retry to ask again."
+NO_FILE = "The endpoint needs a picture; pass a file as `image`."
+
+
+def waiting(event: Queued) -> str:
+    if event.ahead == 1:
+        return "One person is before you"
+    return f"{event.ahead} people are before you" if event.ahead else "You are next"
+
+
+def reading(event: Started) -> str:
+    if not event.image_tokens:
+        return f"Reading {event.prompt_tokens} tokens"
+    return f"Reading {event.prompt_tokens} tokens, {event.image_tokens} of them from pictures"
+
+
+def loading(status: EngineStatus) -> str:
+    return f"The model is still loading: {status.note}" if status.note else "The model is still loading"
+
+
+def failed(status: EngineStatus) -> str:
+    return f"The model could not be loaded. {status.error}".strip()
+
+
+def memory(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.1f} GB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MB"
+
+
+def status_parts(status: EngineStatus, finished: Finished | None) -> list[str]:
+    """The pieces of the status line of a ready model, most important first."""
+    parts = [f"{status.model} with {status.adapter}" if status.adapter else status.model]
+    parts.append("GPU" if status.device.startswith("cuda") else status.device.upper())
+    share = f"{100 * status.four_bit_share:.0f} % of the weights in 4 bit"
+    parts.append(f"{status.quantization}, {share}" if status.quantization != "none" else "not quantized")
+    if finished and finished.new_tokens and finished.decode_s > 0:
+        parts.append(f"{finished.tokens_per_s:.1f} tokens/s")
+    parts.append(memory(status.memory_bytes))
+    return parts
+
+
+def how_it_ended(finished: Finished) -> str:
+    return {
+        "stopped": "You stopped this answer.",
+        "length": "The answer reached the longest length set under Settings.",
+    }.get(finished.reason, "")
