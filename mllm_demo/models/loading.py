@@ -26,17 +26,12 @@ from transformers.utils import logging as transformers_logging
 from mllm_demo.chat.events import LoadProgress
 from mllm_demo.errors import CheckpointError, LoadError, OutOfMemoryError
 from mllm_demo.models import adapters, catalog, fetching, memory, quantize
+from mllm_demo.models.bundled import weights as bundled_weights
 from mllm_demo.models.fetching import Progress, monotone
 from mllm_demo.models.processors import load_processor
 from mllm_demo.settings import ModelChoice
 
-try:  # TEMPORARY until models/bundled/weights.py is committed
-    from mllm_demo.models.bundled import weights as bundled_weights
-except ImportError:
-    bundled_weights = None
-
 FETCH_SHARE = 0.5  # of the progress bar, when nothing is in the cache yet
-BUNDLED_ADAPTER = Path(__file__).resolve().parents[2] / "assets" / "bundled" / "adapter"
 
 
 @dataclass(frozen=True)
@@ -91,10 +86,19 @@ def _read_config(folder: Path, title: str) -> PretrainedConfig:
     return config
 
 
-def _check_memory(config: PretrainedConfig, title: str, quantization: str, device: torch.device) -> None:
-    if quantize.stored_quantization(config) is None:
-        estimate = memory.estimate_bytes(config, quantization, quantize.compute_dtype(device))
-        memory.check_fits(title, estimate, device, memory.free_bytes(device))
+def _check_memory(
+    folder: Path, config: PretrainedConfig, title: str, quantization: str, device: torch.device
+) -> None:
+    """Raises `OutOfMemoryError` before anything is allocated.
+
+    The need is estimated from shapes, so the weights need not be here yet; only a checkpoint that is stored
+    quantized is judged by its files.
+    """
+    if quantize.stored_quantization(config):
+        need = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    else:
+        need = memory.estimate_bytes(config, quantization, quantize.compute_dtype(device))
+    memory.check_fits(title, need, device, memory.free_bytes(device))
 
 
 def fetch(choice: ModelChoice, cache_dir: Path | None, progress: Progress) -> ResolvedModel:
@@ -119,11 +123,11 @@ def fetch(choice: ModelChoice, cache_dir: Path | None, progress: Progress) -> Re
         folder = bundled_weights.prepare(choice.quantization, cache_dir, monotone(progress, 0.05, 1.0))
         files = fetching.Files(folder, fetching.digest(folder))
         if adapter is None:
-            adapter = fetching.fetch_adapter(str(BUNDLED_ADAPTER), cache_dir, progress)
-            adapter_name = entry.title
+            adapter = fetching.fetch_adapter(str(bundled_weights.ADAPTER), cache_dir, progress)
+            adapter_name = entry.name
     else:
         files = fetching.fetch_descriptions(source, cache_dir, monotone(progress, 0.05, 0.1))
-        _check_memory(_read_config(files.folder, title), title, choice.quantization, device)
+        _check_memory(files.folder, _read_config(files.folder, title), title, choice.quantization, device)
         files = fetching.fetch_weights(source, cache_dir, monotone(progress, 0.1, 1.0))
     progress(LoadProgress(1.0, "All files are here"))
     return ResolvedModel(
@@ -262,7 +266,7 @@ def load_resolved(resolved: ResolvedModel, progress: Progress) -> LoadedModel:
     progress = monotone(progress)
     progress(LoadProgress(0.0, f"Opening {resolved.title}"))
     config = _read_config(resolved.folder, resolved.title)
-    _check_memory(config, resolved.title, resolved.choice.quantization, device)
+    _check_memory(resolved.folder, config, resolved.title, resolved.choice.quantization, device)
     processor = load_processor(resolved.folder, config, resolved.title)
     model, quantization = _load_base(resolved, device, monotone(progress, 0.1, 0.9))
     adapter_title = None
