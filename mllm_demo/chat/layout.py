@@ -1,6 +1,6 @@
-"""What each position of a chat is: its text, whose message it is, and for a picture's token which part it covers.
+"""What each position of a chat is: its text, whose message it is, and which part of a picture it covers.
 
-Pictures' tokens are laid out by the processor's family (`chat.layouts.families`). It knows nothing of routing.
+Image tokens are placed by the processor's family (`chat.layouts.families`). It knows nothing of routing.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,24 +28,19 @@ def prompt_tokens(
     spans = _spans(found, len(sizes))
     special = _special_ids(processor.tokenizer)
     between = {position for first, last in spans for position in range(first, last)}
+    texts = token_texts(processor.tokenizer, ids)
+    owners = roles(processor, messages, ids, image_id, spans)
     return tuple(
         Token(
             id=number,
-            text=text,
+            text=texts[position],
             modality=_modality(position in found, number in special or position in between),
-            role=role,
+            role=owners[position],
             phase="prefill",
             image_index=found[position].image_index if position in found else None,
             box=found[position].box if position in found else None,
         )
-        for position, (number, text, role) in enumerate(
-            zip(
-                ids,
-                token_texts(processor.tokenizer, ids),
-                roles(processor, messages, ids, spans),
-                strict=True,
-            )
-        )
+        for position, number in enumerate(ids)
     )
 
 
@@ -60,7 +55,7 @@ def decoded_tokens(processor, ids: Sequence[int]) -> tuple[Token, ...]:
 
 
 def image_token_id(processor, config) -> int | None:
-    """The id that stands for one piece of a picture, as processor or config declare it; None if neither does."""
+    """The id that stands for one piece of a picture, as processor or config declare it, or None."""
     candidates = (
         getattr(processor, "image_token_id", None),
         getattr(config, "image_token_id", None),

@@ -47,7 +47,7 @@ class RoutingTap:
 
     def _reset(self) -> None:
         self._routers = _active_routers(self._root)
-        self.sites: tuple[Site, ...] = tuple(self._routers)
+        self.sites: tuple[Site, ...] = tuple(site for site, _ in self._routers)
         self.positions = 0
         self._groups = _groups(self.sites)
         self._pending: dict[str, object] = {}
@@ -61,7 +61,7 @@ class RoutingTap:
         try:
             self._handles.append(self._root.register_forward_pre_hook(self._begin, with_kwargs=True))
             self._handles.append(self._root.register_forward_hook(self._end))
-            for site, router in self._routers.items():
+            for site, router in self._routers:
                 self._handles.append(router.register_forward_hook(self._listener(site)))
         except BaseException:
             self._remove()
@@ -147,31 +147,38 @@ class RoutingTap:
         )
 
 
-def _active_routers(root: nn.Module) -> dict[Site, MoeLoraRouter]:
-    """Routers that serve positions of the sequence and whose adapter is switched on, in model order."""
+def _active_routers(root: nn.Module) -> list[tuple[Site, MoeLoraRouter]]:
+    """Routers that serve positions of the sequence and whose adapter is switched on, in model order.
+
+    Only when several adapters are active at once does a site's name end in its adapter's.
+    """
     active = {
         adapter
         for module in root.modules()
         if isinstance(module, BaseTunerLayer) and not module.disable_adapters
         for adapter in module.active_adapters
     }
-    routers = {}
-    for module in root.modules():
-        if not isinstance(module, MoeLoraRouter) or module.adapter_name not in active:
-            continue
-        if module.block in _BESIDE_THE_SEQUENCE:
-            continue
-        site = Site(
-            name=module.site_name,
-            layer_idx=-1 if module.layer_idx is None else module.layer_idx,
-            block=module.block,
-            num_experts=module.num_experts,
-            num_experts_per_tok=module.num_experts_per_tok,
-            granularity=module.granularity,
-            has_shared_expert=module.has_shared_expert,
-        )
-        routers[site] = module
-    return routers
+    routers = [
+        module
+        for module in root.modules()
+        if isinstance(module, MoeLoraRouter)
+        and module.adapter_name in active
+        and module.block not in _BESIDE_THE_SEQUENCE
+    ]
+    several = len({router.adapter_name for router in routers}) > 1
+    return [(_site(router, several), router) for router in routers]
+
+
+def _site(router: MoeLoraRouter, several_adapters: bool) -> Site:
+    return Site(
+        name=f"{router.site_name}.{router.adapter_name}" if several_adapters else router.site_name,
+        layer_idx=router.layer_idx,
+        block=router.block,
+        num_experts=router.num_experts,
+        num_experts_per_tok=router.num_experts_per_tok,
+        granularity=router.granularity,
+        has_shared_expert=router.has_shared_expert,
+    )
 
 
 @dataclass

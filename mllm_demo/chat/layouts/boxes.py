@@ -19,7 +19,7 @@ class View:
     y_scale: float
 
     def box(self, x0: float, y0: float, x1: float, y1: float, size: tuple[int, int]) -> Box | None:
-        """That rectangle of the input in pixels of the original of `size` (width, height); None if all padding."""
+        """That rectangle of the input on the original of `size` (width, height); None if all padding."""
         width, height = size
         box = (
             max(0.0, self.left + x0 * self.x_scale),

@@ -1,8 +1,8 @@
 """Which picture, and which part of it, each image token stands for, family by family of processors.
 
 A family returns one `Place` for each image token, in reading order, or None when the tokens are not those it
-expects; the caller then falls back to `by_runs`, which knows pictures but no boxes. Every number comes from the
-processor or from what it returned. It knows nothing of text, roles or routing.
+expects; `places` then falls back to `by_runs`, which knows pictures but no boxes. Every number comes from
+the processor or from what it returned. It knows nothing of text, roles or routing.
 """
 
 import math
@@ -54,7 +54,7 @@ class Prompt:
 
 
 def places(processor, prompt: Prompt) -> list[Place]:
-    """One `Place` for each of `prompt.positions`, from the family of `processor` or, failing that, from runs."""
+    """One `Place` for each of `prompt.positions`, by the family of `processor` or, failing that, by runs."""
     if hasattr(processor, "image_grid"):
         found = declared_grid(processor, prompt)
     else:
@@ -89,7 +89,7 @@ def declared_grid(processor, prompt: Prompt) -> list[Place]:
 
 
 def dynamic_grid(processor, prompt: Prompt) -> list[Place] | None:
-    """Qwen2-VL, 2.5, 3: the whole picture resized with its proportions; one token for merge_size^2 patches."""
+    """Qwen2-VL, 2.5, 3: the whole picture, resized with its proportions; a token is merge_size^2 patches."""
     if "image_grid_thw" not in prompt.inputs:
         return None
     merge = processor.image_processor.merge_size

@@ -1,8 +1,8 @@
 """Whose message each position of a prompt belongs to.
 
-The chat template is rendered for the messages up to each one; where those texts end, the role changes. The text
-has one placeholder a picture and the prompt many tokens, so the tokens of the text are then found again in the
-prompt. It knows nothing of boxes or routing.
+The chat template is rendered for the messages up to each one; where those texts end, the role changes.
+The text has one placeholder a picture and the prompt many tokens, so the tokens of the text are then found
+again in the prompt. It knows nothing of boxes or routing.
 """
 
 import bisect
@@ -18,14 +18,19 @@ _TEMPLATE_ERRORS = (TemplateError, ValueError, TypeError, LookupError, Attribute
 
 
 def roles(
-    processor, messages: Conversation, ids: Sequence[int], spans: Sequence[tuple[int, int]]
+    processor,
+    messages: Conversation,
+    ids: Sequence[int],
+    placeholder: int | None,
+    spans: Sequence[tuple[int, int]],
 ) -> list[str]:
     """One role per position of `ids`.
 
-    `spans`: first and last position of each picture's tokens, in order; empty when they are not known, which
-    only makes the search slower. Markup around a message counts as its own, a system text that the template
-    adds by itself as "system", the invitation to answer as "assistant". When the template cannot be rendered
-    everything is the user's.
+    `placeholder`: the id of image tokens. `spans`: first and last position of each picture's tokens, in
+    order; empty when they are not known, which only makes the search slower.
+
+    Markup around a message counts as its own, a system text that the template adds by itself as "system", the
+    invitation to answer as "assistant". When the template cannot be rendered everything is the user's.
     """
     try:
         text, starts = _starts(processor, messages)
@@ -33,7 +38,6 @@ def roles(
         return ["user"] * len(ids)
     tokenizer = processor.tokenizer
     short, offsets = _tokenize(tokenizer, text)
-    placeholder = getattr(processor, "image_token_id", None)
     where = _positions(short, list(ids), placeholder, spans)
     found = ["user"] * len(ids)
     for role, start in starts:
@@ -73,7 +77,7 @@ def _starts(processor, messages: Conversation) -> tuple[str, list[tuple[str, int
 
 
 def _own_text(processor, messages: Conversation, text: str) -> str:
-    """What the template writes before a first message that is the user's: often a system message of its own."""
+    """What the template writes before a first message of the user: often a system message of its own."""
     first = messages[:1]
     if not first or first[0].role != "user":
         return ""
@@ -109,7 +113,7 @@ def _tokenize(tokenizer, text: str) -> tuple[list[int], list[int]]:
 def _positions(
     short: list[int], long: list[int], placeholder: int | None, spans: Sequence[tuple[int, int]]
 ) -> list[int]:
-    """Where each token of `short` (one placeholder a picture) is in `long`; a placeholder at its last token."""
+    """Where each token of `short` (a placeholder for each picture: its last token) is in `long`."""
     pictures = [index for index, number in enumerate(short) if number == placeholder]
     if len(pictures) != len(spans):
         return _aligned(short, long, 0)
@@ -122,7 +126,7 @@ def _positions(
 
 
 def _aligned(short: list[int], long: list[int], offset: int) -> list[int]:
-    """Positions of `short` in `long`, plus `offset`, never descending; tokens without a match take the next's."""
+    """Positions of `short` in `long`, plus `offset`, never descending; one not found takes the next's."""
     for start in range(len(long) - len(short) + 1):
         if long[start : start + len(short)] == short:
             return list(range(offset + start, offset + start + len(short)))
