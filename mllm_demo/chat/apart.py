@@ -27,9 +27,7 @@ class _Slot:
     loaded: LoadedModel | None
 
 
-def _relay(
-    slot: _Slot, messages: Conversation, sampling: Sampling, timeout_s: float
-) -> Iterator[Event | DemoError]:
+def _relay(slot: _Slot, messages: Conversation, sampling: Sampling, timeout_s: float) -> Iterator[Event | DemoError]:
     try:
         yield from generate(slot.loaded, messages, sampling, timeout_s, threading.Event())
     except DemoError as error:

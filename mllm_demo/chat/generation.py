@@ -14,7 +14,7 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from mllm_demo.chat.events import Event, Finished, Started, TextDelta, TraceUpdate
-from mllm_demo.chat.layout import decoded_tokens, prompt_tokens
+from mllm_demo.chat.layout import decoded_tokens, image_token_id, prompt_tokens
 from mllm_demo.chat.messages import Conversation
 from mllm_demo.chat.prompt import Prompt, make_prompt
 from mllm_demo.chat.provenance import outcome, provenance, trace_image
@@ -82,6 +82,9 @@ def _answer(
 ) -> None:
     started = time.perf_counter()
     prompt = make_prompt(loaded, messages, sampling.max_new_tokens)
+    if stop.is_set() or closed.is_set():
+        emit(Finished("", None, "stopped", new_tokens=0, prefill_s=time.perf_counter() - started, decode_s=0.0))
+        return
     with RoutingTap(loaded.model) as tap:
         recorder = _Recorder(loaded, prompt, messages, sampling, tap)
         emit(Started(len(prompt.ids), recorder.image_tokens))
@@ -126,8 +129,7 @@ class _Recorder:
         self._prompt_length = len(prompt.ids)
         config = loaded.model.config
         if not tap.sites:
-            image_token = getattr(self._processor, "image_token_id", None) or getattr(config, "image_token_id", None)
-            self.image_tokens = prompt.ids.count(image_token)
+            self.image_tokens = prompt.ids.count(image_token_id(self._processor, config))
             return
         self._tokens = prompt_tokens(self._processor, config, prompt.messages, prompt.ids, prompt.inputs)
         self._images = tuple(trace_image(picture) for message in messages for picture in message.pictures)

@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import torch
+
 from mllm_demo.chat.messages import Conversation, pictures, to_chat_template
 from mllm_demo.errors import ContextLengthError, GenerationError
 from mllm_demo.models.loading import LoadedModel
@@ -45,9 +47,7 @@ def make_prompt(loaded: LoadedModel, messages: Conversation, max_new_tokens: int
     # A template that writes the beginning-of-text token itself must not get a second one from the tokenizer.
     add_special_tokens = not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
     images = [picture.to_pil() for picture in pictures(messages)]
-    inputs = processor(
-        text=[text], images=images or None, return_tensors="pt", add_special_tokens=add_special_tokens
-    )
+    inputs = processor(text=[text], images=images or None, return_tensors="pt", add_special_tokens=add_special_tokens)
     ids = tuple(inputs["input_ids"][0].tolist())
     room = loaded.context_length - len(ids)
     if room < min(MIN_ANSWER_TOKENS, max_new_tokens):
@@ -55,7 +55,7 @@ def make_prompt(loaded: LoadedModel, messages: Conversation, max_new_tokens: int
             f"The conversation takes {len(ids)} tokens with {len(images)} pictures, and {loaded.title} reads "
             f"{loaded.context_length} with its answer; start a new chat, or remove pictures or earlier messages."
         )
-    return Prompt(inputs.to(loaded.device, loaded.model.dtype), ids, messages, min(max_new_tokens, room))
+    return Prompt(inputs.to(loaded.device, getattr(torch, loaded.dtype)), ids, messages, min(max_new_tokens, room))
 
 
 def without_control_tokens(messages: Conversation, processor) -> Conversation:

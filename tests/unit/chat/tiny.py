@@ -36,7 +36,10 @@ def tiny_processor() -> LlavaProcessor:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", eos_token="<|end|>", additional_special_tokens=["<|start|>", "<image>"]
+        tokenizer_object=core,
+        pad_token="<pad>",
+        eos_token="<|end|>",
+        additional_special_tokens=["<|start|>", "<image>"],
     )
     pixels = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     return LlavaProcessor(
