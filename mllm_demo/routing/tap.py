@@ -93,11 +93,9 @@ class RoutingTap:
         def listen(module: nn.Module, args: tuple, output) -> None:
             if site.name in self._pending:
                 self._miss(f"router {site.name!r} reported twice for position {self.positions}.")
-            self._pending[site.name] = (
-                output.router_probs.detach(),
-                output.selected_experts.detach(),
-                output.routing_weights.detach(),
-            )
+            rows = (output.router_probs, output.selected_experts, output.routing_weights)
+            # Some blocks flatten batch and positions before their linear layers.
+            self._pending[site.name] = [kind.detach().reshape(-1, *kind.shape[-2:]) for kind in rows]
 
         return listen
 
