@@ -1,7 +1,7 @@
 """The router of MoE-LoRA: which experts serve a token, and with which weight.
 
-`MoeLoraRouter` maps its input to a `RouterOutput`; `RouterSite` lets modules that share a router run it once per
-forward; `RoutingState` holds what a router needs and a layer's input does not contain. None of them
+`MoeLoraRouter` maps its input to a `RouterOutput`; `RouterSite` lets the modules that share a router run it
+once per forward; `RoutingState` holds what a router needs and a layer's input does not contain. None of them
 knows how experts are applied, or what the model around them is.
 """
 
@@ -131,7 +131,7 @@ class MoeLoraRouter(nn.Module):
         selected_experts: torch.Tensor,
         weights: torch.Tensor,
     ) -> RouterOutput:
-        """The decision for `selected_experts` [.., k] with `weights` [.., k], the shared expert's weight added."""
+        """The decision for `selected_experts` [.., k] with `weights` [.., k], the shared expert's added."""
         shared = None
         if self.complement:
             top = weights.max(dim=-1, keepdim=True).values
