@@ -69,7 +69,9 @@ def _npm_pack(package: str, folder: Path) -> dict[str, bytes]:
                 ["npm", "pack", "--silent", package], cwd=folder, capture_output=True, text=True, check=True
             )
         except (OSError, subprocess.CalledProcessError) as error:
-            raise DownloadError(f"could not fetch {package} with npm; is npm installed and online? ({error})") from error
+            raise DownloadError(
+                f"Could not fetch {package} with npm ({error}); install npm and check the network connection."
+            ) from error
         tarball = folder / run.stdout.strip().splitlines()[-1]
         tarball = tarball.rename(folder / f"{stem}.tgz")
     with tarfile.open(tarball) as archive:
@@ -94,8 +96,8 @@ def _rasterize_iconify(files: dict[str, bytes]) -> np.ndarray:
         icon = icons["icons"].get(slug) or icons["icons"][icons["aliases"][slug]["parent"]]
         width, height = icon.get("width", icons.get("width", 16)), icon.get("height", icons.get("height", 16))
         body = icon["body"].replace("currentColor", "#000")
-        svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}"' \
-              f' xmlns:xlink="http://www.w3.org/1999/xlink">{body}</svg>'
+        names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+        svg = f'<svg {names} viewBox="0 0 {width} {height}" width="{width}" height="{height}">{body}</svg>'
         png = resvg_py.svg_to_bytes(svg_string=svg, width=2 * SPRITE_SIZE)
         sprites.append(_fit(Image.open(io.BytesIO(bytes(png)))))
     return np.stack(sprites)

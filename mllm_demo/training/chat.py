@@ -4,6 +4,7 @@ The language model's weights are rounded to NF4 before training, so the adapter 
 are shipped. Loss on answers only, plus the routers' balance loss.
 
     python -m mllm_demo.training.chat --steps 600
+    torchrun --nproc-per-node 2 -m mllm_demo.training.chat --threads 1    # one process a core, gradients averaged
 
 Resumes from `runs/chat/last.pt`; `--export` writes the shipped files. It knows nothing of evaluation.
 """
@@ -16,11 +17,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from peft import get_peft_model
 from torch import nn
 from torch.nn import functional
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from mllm_demo.models.bundled.assembly import save_vision
 from mllm_demo.models.bundled.weights import ADAPTER, VISION_FILE
@@ -75,10 +77,22 @@ def answer_loss(model, batch: dict[str, torch.Tensor], seen: dict[str, torch.Ten
     return functional.cross_entropy(logits, labels[wanted])
 
 
+def average_gradients(parameters: list[nn.Parameter], world: int) -> None:
+    """One exchange between processes for all gradients together."""
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    flat = torch.cat([parameter.grad.flatten() for parameter in parameters])
+    dist.all_reduce(flat)
+    flat /= world
+    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad.copy_(part.view_as(parameter))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=8, help="pictures a step, over all processes")
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--connector-lr", type=float, default=2e-4)
     parser.add_argument("--seed", type=int, default=0)
@@ -90,6 +104,9 @@ def main() -> None:
     parser.add_argument("--export", action="store_true", help="only write the shipped files from the last checkpoint")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if dist.is_torchelastic_launched():
+        dist.init_process_group("gloo")
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     torch.manual_seed(options.seed)
     options.out.mkdir(parents=True, exist_ok=True)
 
@@ -125,8 +142,9 @@ def main() -> None:
         options.art, "train", options.seed + 1, (options.steps - step) * options.batch_size, encoder,
         start=step * options.batch_size, replies=talk,
     )  # fmt: skip
+    data = Subset(data, range(rank, len(data), world))
     pad = processor.tokenizer.pad_token_id
-    loader = DataLoader(data, options.batch_size, num_workers=1, collate_fn=partial(collate, pad=pad))
+    loader = DataLoader(data, options.batch_size // world, num_workers=1, collate_fn=partial(collate, pad=pad))
 
     seen: dict[str, torch.Tensor] = {}
     language_model = model.base_model.model.model.language_model
@@ -142,11 +160,15 @@ def main() -> None:
         loss = answer_loss(model, batch, seen)
         balance = model.base_model.router_aux_loss()
         (loss + ADAPTER_CONFIG["router_aux_loss_coef"] * balance).backward()
+        if world > 1:
+            average_gradients([*adapter, *connector.parameters()], world)
         nn.utils.clip_grad_norm_([*adapter, *connector.parameters()], 1.0)
         optimizer.step()
         optimizer.zero_grad()
         step += 1
         average = loss.item() if average is None else 0.9 * average + 0.1 * loss.item()
+        if rank > 0:
+            continue
         if step % 10 == 0 or step == options.steps:
             pace = (step - first) / (time.monotonic() - began)
             row = {"step": step, "pictures/s": round(pace * options.batch_size, 2)}

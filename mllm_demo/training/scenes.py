@@ -149,10 +149,10 @@ def _draw_shape(rng: np.random.Generator, canvas: Image.Image, shape: str, colou
 
 def _draw_word(rng, canvas: Image.Image, word: str, font_file: bytes, top_range: tuple[float, float]) -> list[Thing]:
     size = canvas.width
-    pitch = rng.uniform(31, min(46, (size - 12) / len(word)))
+    pitch = size * rng.uniform(0.138, min(0.205, 0.945 / len(word)))  # at 224 pixels at least one cell a letter
     font = ImageFont.truetype(BytesIO(font_file), round(pitch * rng.uniform(1.0, 1.25)))
     shown = word.upper() if rng.random() < 0.75 else word.lower()
-    left = rng.uniform(4, size - 4 - pitch * len(word))
+    left = rng.uniform(size * 0.02, size * 0.98 - pitch * len(word))
     middle = rng.uniform(*top_range)
     ground = np.asarray(canvas).reshape(-1, 3).mean(0)
     ink = rng.uniform(0, 255, 3)
@@ -172,7 +172,8 @@ def _damage(rng: np.random.Generator, image: Image.Image) -> Image.Image:
     if rng.random() < 0.25:
         image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.0)))
     if rng.random() < 0.4:
-        image = image.point(lambda value, k=rng.uniform(0.75, 1.15): min(255, int(value * k)))
+        levels = np.arange(256) * rng.uniform(0.75, 1.15)
+        image = image.point(levels.clip(0, 255).astype(int).tolist() * 3)
     if rng.random() < 0.3:
         buffer = BytesIO()
         image.save(buffer, "JPEG", quality=int(rng.integers(35, 90)))

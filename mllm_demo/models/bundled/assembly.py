@@ -94,7 +94,11 @@ def vision_state(model) -> dict[str, torch.Tensor]:
 
 def save_vision(model, path: Path) -> None:
     """Weights in float16, batch-norm statistics as they are."""
-    state = {k: v.half() if v.is_floating_point() and "running_" not in k else v for k, v in vision_state(model).items()}
+
+    def stored(name: str, value: torch.Tensor) -> torch.Tensor:
+        return value.half() if value.is_floating_point() and "running_" not in name else value
+
+    state = {name: stored(name, value) for name, value in vision_state(model).items()}
     save_file(state, path, metadata={"format": "pt"})
 
 

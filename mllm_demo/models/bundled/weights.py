@@ -78,7 +78,9 @@ def prepare(quantization: str, cache_dir: Path | None, progress: Progress) -> Pa
             processor.save_pretrained(ready)
             shutil.move(ready, target)
     except OSError as error:
-        raise LoadError(f"Could not write the model to {cache} ({error.strerror}); choose another --cache-dir.") from error
+        raise LoadError(
+            f"Could not write the model to {cache} ({error.strerror}); choose another --cache-dir."
+        ) from error
     progress(LoadProgress(1.0, "The model is on disk"))
     return target
 
