@@ -3,6 +3,7 @@
 It knows nothing of hubs or devices. Importing `mllm_demo.moe_lora` registers our method with PEFT.
 """
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -13,6 +14,9 @@ from transformers import PreTrainedModel
 from mllm_demo.errors import AdapterError
 from mllm_demo.models.fetching import ADAPTER_WEIGHTS
 from mllm_demo.moe_lora import MoeLoraConfig
+
+# PEFT asks transformers for an attribute under its old name; nothing that a user could act on.
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
 
 
 def describe(name: str, config: PeftConfig) -> str:

@@ -4,6 +4,7 @@ A start that finds everything in the cache touches no network. It knows nothing 
 """
 
 import hashlib
+import io
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -62,8 +63,7 @@ def _byte_bar(progress: Progress, name: str) -> type[tqdm]:
     class ByteBar(tqdm):
         def __init__(self, *args, **kwargs):
             self.counts_bytes = kwargs.get("unit") == "B"
-            with open(os.devnull, "w") as nowhere:
-                super().__init__(*args, **{**kwargs, "file": nowhere, "disable": False})
+            super().__init__(*args, **{**kwargs, "file": io.StringIO(), "disable": False})
 
         def display(self, *args, **kwargs):
             return None
@@ -117,7 +117,7 @@ def _from_hub(name: str, patterns: tuple[str, ...], cache_dir: Path, progress: P
             ) from error
         except Exception as error:  # the exceptions of the client's HTTP library differ between its versions
             raise DownloadError(
-                f"{name} could not be fetched from the hub; check the network, or give a local folder with --model."
+                f"{name} could not be fetched from the hub; check the network, or give a local folder instead."
             ) from error
     except HFValidationError as error:
         raise CheckpointError(

@@ -89,14 +89,14 @@ def test_hosts_tell_where_to_listen_by_their_own_variables(environ, host, port):
 @pytest.mark.parametrize(
     ("flags", "environ", "words"),
     [
-        (["--modle", "x"], {}, "unrecognized arguments: --modle"),
+        (["--modle", "x"], {}, "Unrecognized arguments: --modle"),
         (["--port", "many"], {}, "invalid int value: 'many'"),
         (["--port", "0"], {}, "port must be 1 to 65535"),
         (["--quantization", "int4"], {}, "invalid choice: 'int4'"),
         (["--device"], {}, "expected one argument"),
         (["--auth", "nocolon"], {}, "must look like user:password"),
         (["--max-new-tokens", "-1"], {}, "max new tokens must be 1 to 4096"),
-        (["--mod", "x"], {}, "unrecognized"),
+        (["--mod", "x"], {}, "Unrecognized arguments: --mod"),
         ([], {"MLLM_DEMO_QUANTIZATION": "int4"}, "MLLM_DEMO_QUANTIZATION must be one of nf4, fp4, int8, none"),
         ([], {"MLLM_DEMO_PORT": "many"}, "invalid int value: 'many'"),
     ],
