@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from mllm_demo.errors import TraceError
-from mllm_demo.moe_lora import MoeLoraRouter
+from mllm_demo.moe_lora import MoeLoraRouter, RouterOutput
 from mllm_demo.routing.trace import RoutingTrace, Site, Token, TraceImage
 
 _FIRST_CAPACITY = 256
@@ -50,7 +50,7 @@ class RoutingTap:
         self.sites: tuple[Site, ...] = tuple(site for site, _ in self._routers)
         self.positions = 0
         self._groups = _groups(self.sites)
-        self._pending: dict[str, object] = {}
+        self._pending: dict[str, RouterOutput] = {}
         self._length: int | None = None
         self._hole: str | None = None
 
@@ -93,9 +93,7 @@ class RoutingTap:
         def listen(module: nn.Module, args: tuple, output) -> None:
             if site.name in self._pending:
                 self._miss(f"router {site.name!r} reported twice for position {self.positions}.")
-            rows = (output.router_probs, output.selected_experts, output.routing_weights)
-            # Some blocks flatten batch and positions before their linear layers.
-            self._pending[site.name] = [kind.detach().reshape(-1, *kind.shape[-2:]) for kind in rows]
+            self._pending[site.name] = output
 
         return listen
 
@@ -104,15 +102,14 @@ class RoutingTap:
 
     def _end(self, module: nn.Module, args: tuple, output: object) -> None:
         pending, self._pending = self._pending, {}
-        length = self._length or max((rows[0].shape[1] for rows in pending.values()), default=0)
+        rows = {name: output.router_probs.shape[:-1].numel() for name, output in pending.items()}
+        length = self._length or max(rows.values(), default=0)
         for site in self.sites:
-            if site.name not in pending:
+            if site.name not in rows:
                 self._miss(f"router {site.name!r} has reported nothing for position {self.positions}.")
-                continue
-            shape = tuple(pending[site.name][0].shape)
-            if shape[:2] != (1, length) and (shape[:2] != (1, 1) or site.granularity != "sequence"):
+            elif rows[site.name] != length and (rows[site.name] != 1 or site.granularity != "sequence"):
                 where = f"{length} positions from {self.positions} on"
-                self._miss(f"router {site.name!r} reported {list(shape)} for {where}.")
+                self._miss(f"router {site.name!r} reported {rows[site.name]} choices for {where}.")
         if self._hole is None:
             for group in self._groups:
                 group.append([pending[site.name] for site in group.sites], length, self.positions)
@@ -190,17 +187,26 @@ class _Group:
     sites: list[Site]
     values: list[np.ndarray]
 
-    def append(self, rows: Sequence[Sequence[torch.Tensor]], length: int, start: int) -> None:
-        """`rows`: per site router_probs, selected_experts, routing_weights, each [1, length or 1, ...]."""
-        experts, chosen = self.sites[0].num_experts, self.sites[0].num_experts_per_tok
-        probs, selected, weights = (
-            torch.stack([row[0].expand(length, row.shape[-1]) for row in kind])
-            for kind in zip(*rows, strict=True)
-        )
+    def append(self, outputs: Sequence[RouterOutput], length: int, start: int) -> None:
+        """`outputs`: one per site, each for `length` positions or for one that stands for them all."""
+
+        def stacked(name: str) -> torch.Tensor:
+            kind = [getattr(output, name) for output in outputs]
+            width = kind[0].shape[-1]
+            if any(rows.numel() != length * width for rows in kind):
+                kind = [rows.reshape(-1, width).expand(length, width) for rows in kind]
+            # A model spread over several devices routes on each of them.
+            device = kind[0].device
+            return torch.stack([rows.reshape(length, width).to(device) for rows in kind]).detach()
+
         # Bits of the halves travel as int16 beside the indices, so that one copy leaves the device.
-        probs, weights = (halves.half().view(torch.int16) for halves in (probs, weights))
-        packed = torch.cat([probs, selected.to(torch.int16), weights], dim=-1)  # (sites, length, E + 2k)
+        probs, weights = (
+            stacked(name).half().view(torch.int16) for name in ("router_probs", "routing_weights")
+        )
+        selected = stacked("selected_experts").to(torch.int16)
+        packed = torch.cat([probs, selected, weights], dim=-1)  # (sites, length, E + 2k)
         packed = packed.cpu().numpy()
+        experts, chosen = self.sites[0].num_experts, self.sites[0].num_experts_per_tok
         parts = np.split(packed, [experts, experts + chosen], axis=-1)
         stop = start + length
         for index, part in enumerate(parts):
