@@ -1,5 +1,6 @@
 """Figure: which experts serve the picture and which the text, layer by layer; it knows nothing of the page."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,6 +9,8 @@ from plotly import graph_objects as go
 from mllm_demo.figures.style import styled
 from mllm_demo.routing.stats import load_by_modality
 from mllm_demo.routing.trace import RoutingTrace, Site
+
+SMALLEST_SCALE = 20
 
 
 def modality_share_figure(trace: RoutingTrace, sites: Sequence[Site], label: str) -> go.Figure:
@@ -20,15 +23,17 @@ def modality_share_figure(trace: RoutingTrace, sites: Sequence[Site], label: str
     for column, site in enumerate(sites):
         load = load_by_modality(trace, site)
         table[: site.num_experts, column] = load["image"] - load["text"]
+    # A scale that fits what is there, but never one that blows up differences of a few points.
+    most = max(SMALLEST_SCALE, 10 * math.ceil(np.nanmax(np.abs(table), initial=0) * 10))
     heat = go.Heatmap(
         x=[site.layer_idx for site in sites],
         y=[f"expert {expert}" for expert in range(experts)],
         z=table * 100,
-        zmin=-100,
-        zmax=100,
+        zmin=-most,
+        zmax=most,
         colorscale=[[0, "#0072B2"], [0.5, "rgba(140, 145, 155, 0.12)"], [1, "#D55E00"]],
         colorbar={
-            "tickvals": [-100, 0, 100],
+            "tickvals": [-most, 0, most],
             "ticktext": ["text", "alike", "image"],
             "thickness": 12,
             "outlinewidth": 0,

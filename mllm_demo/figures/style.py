@@ -12,13 +12,21 @@ FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
 
 def styled(figure: go.Figure, *, title: str, height: int) -> go.Figure:
     figure.update_layout(
-        title={"text": title, "font": {"size": 15}, "x": 0, "xanchor": "left", "xref": "paper"},
+        title={
+            "text": title,
+            "font": {"size": 15},
+            "x": 0,
+            "xanchor": "left",
+            "xref": "paper",
+            "y": 0.98,
+            "yanchor": "top",
+        },
         height=height,
-        margin={"l": 54, "r": 12, "t": 48, "b": 44},
+        margin={"l": 54, "r": 12, "t": 76, "b": 44},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         font={"family": FONT, "size": 12, "color": INK},
-        legend={"orientation": "h", "y": -0.16, "x": 0, "title": None},
+        legend={"orientation": "h", "y": 1, "yanchor": "bottom", "x": 1, "xanchor": "right", "traceorder": "normal"},
         barmode="stack",
         bargap=0.14,
         hoverlabel={"font": {"family": FONT}},

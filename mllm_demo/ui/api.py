@@ -56,7 +56,7 @@ def add_ask_endpoint(engine: Engine, settings: Settings, sessions: Sessions, rea
                     path = event.trace and str(event.trace.save(sessions.trace_path()))
                     return event.text, path
         except DemoError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+            raise gr.Error(words.sentence(error), print_exception=False) from error
         except Exception as error:
             log.exception("/ask failed")
             raise gr.Error(words.UNEXPECTED, print_exception=False) from error

@@ -59,7 +59,13 @@ class Callbacks:
 
     def opened(self) -> tuple:
         status = self.engine.status()
-        return self._sample_payload, status_line(status), self.tick(), *self._overview(self._sample)
+        return (
+            self._sample_payload,
+            status_line(status),
+            self.tick(),
+            self._download(self._sample),
+            *self._overview(self._sample),
+        )
 
     def closed(self, request: gr.Request) -> None:
         self.sessions.forget(_key(request))
@@ -116,7 +122,7 @@ class Callbacks:
 
     def cleared(self, request: gr.Request) -> tuple:
         self.sessions.forget(_key(request))
-        return self._sample_payload, gr.DownloadButton(value=None, interactive=False), "", *self._overview(self._sample)
+        return self._sample_payload, self._download(self._sample), "", *self._overview(self._sample)
 
     def stopped(self, request: gr.Request) -> None:
         self.sessions.stop(_key(request))
@@ -128,7 +134,7 @@ class Callbacks:
                 self.read(path, Path(path).name)
                 good.append(path)
             except DemoError as error:
-                problems.append(str(error))
+                problems.append(words.sentence(error))
         return good, problems
 
     def _answer(
@@ -161,7 +167,7 @@ class Callbacks:
                     answer = event.text
                 yield SKIP, [*history, _shown(event, answer)], view, SKIP, SKIP, ""
         except DemoError as error:
-            sentence = str(error)
+            sentence = words.sentence(error)
         except Exception:
             log.exception("answering failed")
             sentence = words.UNEXPECTED
@@ -187,15 +193,16 @@ class Callbacks:
     ) -> Outputs:
         status = self.engine.status()
         if event.trace is None:
-            view, download = empty_payload(words.NO_ROUTING), gr.DownloadButton(value=None, interactive=False)
+            view = empty_payload(words.NO_ROUTING)
         else:
             view = stream.update(event.trace, live=False, note=words.how_it_ended(event))
-            download = self._download(event.trace)
         self.sessions.keep_trace(key, event.trace)
         shown = chat.answer_message(event.text) if event.text else chat.remark(words.how_it_ended(event) or "…")
-        return idle, [*history, shown], view, status_line(status, event), download, ""
+        return idle, [*history, shown], view, status_line(status, event), self._download(event.trace), ""
 
-    def _download(self, trace: RoutingTrace) -> gr.DownloadButton:
+    def _download(self, trace: RoutingTrace | None) -> gr.DownloadButton:
+        if trace is None:
+            return gr.DownloadButton(value=None, interactive=False)
         path = trace.save(self.sessions.trace_path())
         return gr.DownloadButton(value=str(path), interactive=True)
 
@@ -207,7 +214,7 @@ class Callbacks:
             trace = RoutingTrace.load(path)
             view = PayloadStream("file").update(trace, live=False, note=Path(path).name)
         except DemoError as error:
-            return SKIP, SKIP, notice(str(error).replace(str(path), Path(path).name))
+            return SKIP, SKIP, notice(words.sentence(error).replace(path, Path(path).name))
         self.sessions.keep_trace(_key(request), trace)
         return view, self._download(trace), ""
 
@@ -233,7 +240,7 @@ class Callbacks:
             for step in self.engine.load(choice):
                 yield progress(step.fraction, step.note), status_line(self.engine.status()), ""
         except DemoError as error:
-            yield "", status_line(self.engine.status()), notice(str(error))
+            yield "", status_line(self.engine.status()), notice(words.sentence(error))
             return
         except Exception:
             log.exception("loading failed")

@@ -15,7 +15,7 @@ from mllm_demo.ui import words
 from mllm_demo.ui.api import add_ask_endpoint
 from mllm_demo.ui.callbacks import SLOW_TICK_S, Callbacks, status_line
 from mllm_demo.ui.routing_view import routing_view
-from mllm_demo.ui.theme import CSS, make_theme
+from mllm_demo.ui.theme import CSS, JS, make_theme
 
 log = logging.getLogger(__name__)
 
@@ -31,15 +31,12 @@ def build_page(engine: Engine, settings: Settings, assets: Path = ASSETS) -> gr.
     with gr.Blocks(
         title=words.PAGE_TITLE, analytics_enabled=False, delete_cache=(DELETE_CACHE_EVERY_S, DELETE_CACHE_AFTER_S)
     ) as page:
-        gr.HTML(
-            f'<div class="masthead"><div><h1>{words.HEADLINE}</h1><p>{words.SUBLINE}</p></div></div>',
-            elem_id="masthead",
-        )
+        gr.HTML(f"<h1>{words.HEADLINE}</h1><p>{words.SUBLINE}</p>", elem_id="masthead")
         status = gr.HTML(status_line(engine.status()), elem_id="status")
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=320, elem_id="left"):
                 chat, notice, ask = _chat(_examples(assets / "examples"))
-                sampling, model, load, progress = _settings_panel(engine, settings)
+                sampling, model, load, progress = _settings_panels(engine, settings)
             with gr.Column(scale=8, min_width=320, elem_id="right"):
                 with gr.Tabs():
                     with gr.Tab("Routing"):
@@ -70,7 +67,7 @@ def build_page(engine: Engine, settings: Settings, assets: Path = ASSETS) -> gr.
         )
         load.click(do.load, model, [progress, status, notice], **long)
         timer.tick(do.refreshed, None, [status, timer], queue=False, **hidden)
-        page.load(do.opened, None, [view, status, timer, *plots], queue=False, **hidden)
+        page.load(do.opened, None, [view, status, timer, download, *plots], queue=False, **hidden)
         page.unload(do.closed)
     return page
 
@@ -84,6 +81,7 @@ def launch_kwargs(settings: Settings) -> dict:
         "auth": settings.auth,
         "theme": make_theme(),
         "css": CSS,
+        "js": JS,
         "footer_links": ["api"],
         "run_history": False,
         "enable_monitoring": False,
@@ -99,7 +97,7 @@ def _chat(examples: list[dict]) -> tuple[gr.Chatbot, gr.HTML, gr.MultimodalTextb
         elem_id="chat",
         label=words.CHAT_LABEL,
         show_label=False,
-        height="min(560px, 62vh)",
+        height="clamp(380px, calc(100vh - 268px), 760px)",
         editable="user",
         latex_delimiters=[],
         buttons=["copy", "copy_all"],
@@ -124,27 +122,24 @@ def _chat(examples: list[dict]) -> tuple[gr.Chatbot, gr.HTML, gr.MultimodalTextb
     return chat, notice, ask
 
 
-def _settings_panel(engine: Engine, settings: Settings) -> tuple[list, list, gr.Button, gr.HTML]:
-    default = settings.sampling
-    with gr.Accordion(words.SETTINGS, open=False, elem_id="settings"):
+def _settings_panels(engine: Engine, settings: Settings) -> tuple[list, list, gr.Button, gr.HTML]:
+    default, choice = settings.sampling, settings.choice
+    with gr.Accordion(words.ANSWER_SETTINGS, open=False):
         sampling = [
             gr.Slider(1, 1024, default.max_new_tokens, step=1, label="Max new tokens"),
-            gr.Slider(0, 2, default.temperature, step=0.05, label="Temperature", info="0: always the likeliest token"),
+            gr.Slider(0, 2, default.temperature, step=0.05, label="Temperature", info=words.TEMPERATURE_INFO),
             gr.Slider(0.05, 1, default.top_p, step=0.05, label="Top-p"),
             gr.Slider(1, 2, default.repetition_penalty, step=0.05, label="Repetition penalty"),
             gr.Number(default.seed, label="Seed", precision=0, minimum=0, maximum=2**31 - 1),
         ]
+    with gr.Accordion(words.MODEL_SETTINGS, open=engine.status().state in ("failed", "empty"), elem_id="model"):
         presets = [(f"{p.title} · {p.needs_gb:g} GB · {p.licence}", p.name) for p in engine.presets()]
         model = [
             gr.Dropdown(
-                presets,
-                value=settings.choice.model,
-                label=words.MODEL_LABEL,
-                info=words.MODEL_INFO,
-                allow_custom_value=True,
+                presets, value=choice.model, label=words.MODEL_LABEL, info=words.MODEL_INFO, allow_custom_value=True
             ),
-            gr.Textbox(settings.choice.adapter or "", label=words.ADAPTER_LABEL, info=words.ADAPTER_INFO),
-            gr.Radio(list(QUANTIZATIONS), value=settings.choice.quantization, label=words.QUANTIZATION_LABEL),
+            gr.Textbox(choice.adapter or "", label=words.ADAPTER_LABEL, info=words.ADAPTER_INFO),
+            gr.Radio(list(QUANTIZATIONS), value=choice.quantization, label=words.QUANTIZATION_LABEL),
         ]
         load = gr.Button(words.LOAD, variant="primary", size="md")
         progress = gr.HTML("", elem_id="progress")

@@ -12,6 +12,7 @@ FONT = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "A
 FONT_MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
 
 CSS = (_STATIC / "page.css").read_text("utf-8")
+JS = (_STATIC / "page.js").read_text("utf-8")
 
 
 def make_theme() -> gr.themes.Base:

@@ -9,22 +9,24 @@ SUBLINE = (
     "patch by patch and word by word."
 )
 
-PLACEHOLDER_INPUT = "Ask about a picture; paste or drop one here"
+PLACEHOLDER_INPUT = "Ask about a picture"
 CHAT_LABEL = "Conversation"
-CHAT_EMPTY = "**Drop a picture below and ask.**\n\nOr start with one of these:"
-CHAT_EMPTY_PLAIN = "**Drop a picture below and ask.**"
+CHAT_EMPTY = "**Drop or paste a picture below and ask,**\n\nor start with one of these."
+CHAT_EMPTY_PLAIN = "**Drop or paste a picture below and ask.**"
 WHAT_IS_THIS = "What is in this picture?"
 STOP = "Stop"
-NOT_ANSWERED = "Not answered"
+NOT_ANSWERED = "⚠ Not answered"
 
 EMPTY_VIEW = "Ask about a picture, and the expert that every patch and every word went to is drawn here."
 NO_ROUTING = (
     "This answer has no routing to show: the model has no mixture of LoRA experts. Load the bundled model, or "
-    "an adapter of type MoE-LoRA, under Settings."
+    "an adapter of type MoE-LoRA, under “Model”."
 )
-SAMPLE_NOTE = "recorded earlier; ask something and your own answer takes its place"
+SAMPLE_NOTE = "ask, and your own answer takes its place"
 
-SETTINGS = "Settings"
+ANSWER_SETTINGS = "Answer settings"
+MODEL_SETTINGS = "Model"
+TEMPERATURE_INFO = "0: always the likeliest token"
 MODEL_LABEL = "Model"
 MODEL_INFO = "a preset, a folder on the server or a Hugging Face id"
 ADAPTER_LABEL = "Adapter"
@@ -36,7 +38,7 @@ DOWNLOAD_TRACE = "Download trace"
 OPEN_TRACE = "Open trace"
 
 NOTHING_ASKED = "Write a question first, or choose an example."
-NO_MODEL = "No model is loaded; choose one under Settings and press “Load this model”."
+NO_MODEL = "No model is loaded; choose one under “Model” and press “Load this model”."
 STOPPED_WAITING = "Stopped before the model was ready; press retry to ask again."
 UNEXPECTED = "Something unexpected went wrong; the server's log says what. Press retry to ask again."
 NO_FILE = "The endpoint needs a picture; pass a file as `image`."
@@ -58,8 +60,14 @@ def loading(status: EngineStatus) -> str:
     return f"The model is still loading: {status.note}" if status.note else "The model is still loading"
 
 
+def sentence(error: Exception | str) -> str:
+    """The error's message; its first word is capitalised unless it is a name such as a file's."""
+    said = str(error)
+    return said[:1].upper() + said[1:] if said.split(" ")[0].isalpha() else said
+
+
 def failed(status: EngineStatus) -> str:
-    return f"The model could not be loaded. {status.error}".strip()
+    return f"The model could not be loaded. {sentence(status.error)}".strip()
 
 
 def memory(num_bytes: int) -> str:
@@ -81,5 +89,5 @@ def status_parts(status: EngineStatus, finished: Finished | None) -> list[str]:
 def how_it_ended(finished: Finished) -> str:
     return {
         "stopped": "You stopped this answer.",
-        "length": "The answer reached the longest length set under Settings.",
+        "length": "The answer reached the length set under “Answer settings”.",
     }.get(finished.reason, "")

@@ -1,7 +1,7 @@
 """An engine without a model: streams words with a synthetic, repeatable routing trace.
 
 Everything the page can be asked to show is reachable: queueing, progress, stop, errors (by magic words in the
-question: "fail", "slow", "plain", "sequence").
+question: "fail", "crash", "slow", "plain", "sequence").
 """
 
 import io
@@ -72,7 +72,6 @@ def trace_of(tokens, images, where=None, note=""):
     where = where or sites()
     probs, selected, weights = {}, {}, {}
     for site in where:
-        rng = np.random.default_rng(abs(hash((site.name, 7))) % 2**32)
         rng = np.random.default_rng(sum(map(ord, site.name)) * 7919)
         field = rng.normal(size=(EXPERTS, 6))
         rows = []
@@ -109,6 +108,10 @@ class FakeEngine:
         self.lock = threading.Lock()
         self.waiting = 0
         self.title = "Tessera 0.2B"
+        self.healed = False
+        self.asked = []
+        self.stopped = 0
+        self.ended = threading.Event()
 
     def status(self):
         if self.state == "loading":
@@ -141,6 +144,7 @@ class FakeEngine:
     def answer(self, messages, sampling, stop=None):
         stop = stop or threading.Event()
         question = messages[-1].text
+        self.asked.append(messages)
         self.waiting += 1
         ahead = self.waiting - 1
         try:
@@ -155,6 +159,7 @@ class FakeEngine:
             yield from self._answer(messages, question, sampling, stop)
         finally:
             self.lock.release()
+            self.ended.set()
 
     def _answer(self, messages, question, sampling, stop):
         images = [TraceImage(p.png, p.width, p.height) for p in pictures(messages)]
@@ -163,13 +168,16 @@ class FakeEngine:
         where = sites("sequence") if "sequence" in question else sites()
         yield Started(len(tokens), sum(t.modality == "image" for t in tokens))
         time.sleep(self.pause * 5)
-        if "fail" in question:
+        if "crash" in question:
+            raise ZeroDivisionError("not for the eyes of people")
+        if "fail" in question and not self.healed:
             raise GenerationError("the model ran out of memory while answering; ask with a smaller picture.")
         words = re.findall(r"\s?\S+", ANSWER * (40 if "slow" in question else 1))[: sampling.max_new_tokens]
         text, reason, begun, said = "", "end", time.monotonic(), 0
         for i, word in enumerate(words):
             if stop.is_set():
                 reason = "stopped"
+                self.stopped += 1
                 break
             time.sleep(self.pause)
             text += word

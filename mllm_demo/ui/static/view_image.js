@@ -140,7 +140,7 @@ function createImageView(root, view) {
     const stop = buttons.has(view.token) ? view.token : buttons.keys().next().value;
     for (const [index, { button }] of buttons) {
       const on = index === view.token;
-      button.style.backgroundColor = whole ? "transparent" : view.tint(index, 0.82);
+      button.style.backgroundColor = whole ? "transparent" : view.tint(index, 0.68);
       button.setAttribute("aria-pressed", String(on));
       button.tabIndex = index === stop ? 0 : -1;
     }

@@ -111,7 +111,7 @@ function createLayersView(root, view) {
   }
 
   function drawAxis() {
-    const p = pen(axis, 30, size.height);
+    const p = pen(axis, 34, size.height);
     const every = Math.ceil(13 / size.row);
     p.textAlign = "right";
     view.sites().forEach((s, y) => {
@@ -122,13 +122,13 @@ function createLayersView(root, view) {
       p.fillStyle = view.ink();
       p.globalAlpha = on ? 1 : 0.6;
       p.font = `${on ? "700 " : ""}11px system-ui, sans-serif`;
-      p.fillText(layer < 0 ? "all" : String(layer), 24, MAP_HEAD + (y + 0.5) * size.row);
+      p.fillText(layer < 0 ? "all" : String(layer), 28, MAP_HEAD + (y + 0.5) * size.row);
     });
     p.globalAlpha = 1;
     p.font = "11px system-ui, sans-serif";
     p.fillStyle = view.ink();
     p.globalAlpha = 0.6;
-    p.fillText("layer", 26, 9);
+    p.fillText("layer", 28, 9);
     p.globalAlpha = 1;
   }
 

@@ -45,7 +45,8 @@ function createRoutingView(element, props, watch) {
     describe(token, s) {
       const { block, granularity } = view.trace.sites[s];
       const { text, modality, image, index } = view.trace.tokens[token];
-      const name = modality === "image" ? `patch of image ${image + 1}` : `“${visible(text)}”`;
+      const patch = view.trace.images.length > 1 ? `patch of image ${image + 1}` : "patch";
+      const name = modality === "image" ? patch : `“${visible(text)}”`;
       const who = granularity === "sequence" ? "whole conversation" : `token ${index} ${name}`;
       const experts = view.trace.chosen(s, token).map(([expert, weight]) => `expert ${expert} (weight ${weight.toFixed(2)})`);
       const label = view.trace.kinds.find((kind) => kind.sites.includes(s)).label;
@@ -106,6 +107,10 @@ function createRoutingView(element, props, watch) {
     slider.setAttribute("aria-valuetext", name);
     find(".rv-layer-value").textContent = view.site().layer < 0 ? "all" : String(view.site().layer);
     parts.now.textContent = view.describe(view.token, view.siteIndex());
+    const whole = view.site().granularity === "sequence";
+    root.dataset.whole = String(whole);
+    find(".rv-layers .rv-hint").textContent = whole
+      ? "one choice in each layer, for the whole conversation" : "tokens from left to right, layers from top to bottom";
     const note = find(".rv-note");
     note.textContent = noteFor();
     note.hidden = !note.textContent;
@@ -113,30 +118,29 @@ function createRoutingView(element, props, watch) {
   }
 
   function noteFor() {
-    const { granularity, shared } = view.site();
+    const { granularity } = view.site();
+    if (granularity === "modality")
+      return "This router sends tokens by kind alone: all image tokens to one expert, all text tokens to another.";
+    if (granularity !== "sequence") return "";
     const [[expert, weight]] = view.trace.chosen(view.siteIndex(), view.token);
     const where = view.trace.layerName(view.siteIndex());
-    const said = {
-      sequence: `This router makes one choice for the whole conversation: expert ${expert} of ${where}, weight ${weight.toFixed(2)}. `
-        + "No single patch or word chose it, so none is coloured.",
-      modality: "This router sends tokens by kind alone: all image tokens to one expert, all text tokens to another.",
-      token: "",
-    }[granularity];
-    return shared ? `${said} Every token also passes through a shared expert, which no router chooses.`.trim() : said;
+    return `This router makes one choice for the whole conversation: expert ${expert} of ${where}, weight `
+      + `${weight.toFixed(2)}. No single patch or word chose it, so none is coloured.`;
   }
 
   function legend() {
     const entropy = view.mode === "entropy";
     const list = find(".rv-legend-experts");
     const count = Math.max(...view.sites().map((s) => view.trace.sites[s].experts));
-    list.hidden = entropy;
+    list.hidden = list.previousElementSibling.hidden = entropy;
     if (list.childElementCount !== count || list.dataset.key !== view.trace.key) {
       list.dataset.key = view.trace.key;
       list.replaceChildren(...Array.from({ length: count }, (_, expert) => {
         const item = make("li");
         const swatch = make("span", "rv-swatch");
         swatch.style.backgroundColor = view.color(expert);
-        item.append(swatch, make("span", "", `expert ${expert}`));
+        item.setAttribute("aria-label", `expert ${expert}`);
+        item.append(swatch, make("span", "", String(expert)));
         return item;
       }));
     }
@@ -150,10 +154,12 @@ function createRoutingView(element, props, watch) {
         pen.fillRect(x, 0, 1, canvas.height);
       }
     }
-    find(".rv-legend-text").textContent = entropy
+    const said = entropy
       ? "Entropy of the router's probabilities before the choice."
-      : "Stronger colour: larger routing weight. A colour names a number within its layer: "
+      : "Stronger colour: larger routing weight. A colour names an expert's number within its layer: "
         + "expert 2 of one layer and expert 2 of another are different experts.";
+    const shared = " Every token also passes through a shared expert, which no router chooses.";
+    find(".rv-legend-text").textContent = said + (view.site().shared ? shared : "");
   }
 
   function pickRouter(label) {

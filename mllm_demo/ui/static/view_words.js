@@ -8,25 +8,28 @@ function createWordsView(root, view) {
   let strip = null;
 
   function add(token) {
-    if (!turn || turn.role !== token.role || turn.decoded !== token.decoded) {
+    if (!turn || turn.role !== token.role) {
       const block = make("div", `rv-turn rv-turn-${token.role}`);
       block.append(make("span", "rv-role", token.role));
       const line = make("div", "rv-line");
       block.append(line);
       flow.append(block);
-      turn = { role: token.role, decoded: token.decoded, block, line };
+      turn = { role: token.role, line };
       strip = null;
     }
     if (token.modality === "image") return addToStrip(token);
     strip = null;
+    // The space before a word becomes a margin, so that the tint hugs the word.
+    const spaced = /^ \S/.test(token.text);
     const button = make("button", token.modality === "special" ? "rv-word rv-special" : "rv-word");
     button.type = "button";
     button.tabIndex = -1;
-    button.append(document.createTextNode(visible(token.text)));
+    button.classList.toggle("rv-spaced", spaced);
+    button.textContent = visible(spaced ? token.text.slice(1) : token.text);
     button.setAttribute("aria-label", `token ${token.index} “${visible(token.text)}”`);
     button.dataset.token = token.index;
     turn.line.append(button);
-    const item = { button, tokens: [token.index] };
+    const item = { button, tokens: [token.index], special: token.modality === "special" };
     items.push(item);
     byToken[token.index] = item;
     if (/\n$/.test(token.text)) turn.line.append(make("br"));
@@ -66,7 +69,7 @@ function createWordsView(root, view) {
     for (const item of items) {
       if (item.canvas) paintStrip(item, whole);
       else {
-        const rgb = whole ? null : view.blend(item.tokens[0], 0.9);
+        const rgb = whole ? null : view.blend(item.tokens[0], item.special ? 0.35 : 0.9);
         item.button.style.backgroundColor = rgb ? css(rgb) : "";
         item.button.style.color = rgb ? inkOn(rgb) : "";
       }
