@@ -148,7 +148,7 @@ def main() -> None:
 
     seen: dict[str, torch.Tensor] = {}
     language_model = model.base_model.model.model.language_model
-    language_model.register_forward_hook(lambda m, a, output: seen.update(hidden=output.last_hidden_state))
+    hook = language_model.register_forward_hook(lambda m, a, output: seen.update(hidden=output.last_hidden_state))
     began, first = time.monotonic(), step
     average = None
     for batch in loader:
@@ -179,6 +179,9 @@ def main() -> None:
                 log.write(json.dumps(row) + "\n")
         if step % 50 == 0 or step == options.steps:
             save()
+    hook.remove()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -8,20 +8,19 @@ It knows nothing of adapters or of what is loaded later.
 
 import gc
 import hashlib
-import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from transformers import LlavaForConditionalGeneration
 
 from mllm_demo.chat.events import LoadProgress
-from mllm_demo.errors import DemoError, LoadError
+from mllm_demo.errors import CheckpointError, DemoError, LoadError
 from mllm_demo.models.bundled.assembly import assemble, make_processor
 from mllm_demo.models.bundled.fetch import WHEEL_SHA256, language_model
+from mllm_demo.models.fetching import Progress, default_cache_dir
 from mllm_demo.models.quantize import bnb_config
 
 ASSETS = Path(__file__).resolve().parents[3] / "assets" / "bundled"
@@ -31,16 +30,12 @@ ADAPTER = ASSETS / "adapter"
 FULL_PRECISION = ("vision_tower", "multi_modal_projector", "lm_head")
 LAYOUT_VERSION = 1  # raise when the saved folder changes shape
 
-Progress = Callable[[LoadProgress], None]
-
-
-def default_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mllm_demo"
-
 
 def _key(quantization: str) -> str:
     """Changes whenever anything that the saved folder is made of changes."""
     digest = hashlib.sha256(f"{LAYOUT_VERSION} {WHEEL_SHA256}".encode())
+    if not VISION_FILE.exists():
+        raise CheckpointError(f"{VISION_FILE.name} of the bundled model is missing; get the whole repository again.")
     digest.update(VISION_FILE.read_bytes())
     return f"tessera-{digest.hexdigest()[:12]}-{quantization}"
 
@@ -50,7 +45,7 @@ def prepare(quantization: str, cache_dir: Path | None, progress: Progress) -> Pa
 
     Nothing is fetched or computed when the folder exists; a half-made one never stays.
     """
-    cache = Path(cache_dir or default_cache())
+    cache = Path(cache_dir or default_cache_dir())
     target = cache / "bundled" / _key(quantization)
     if target.exists():
         return target

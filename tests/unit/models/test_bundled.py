@@ -42,7 +42,7 @@ def test_the_tower_is_known_to_the_auto_classes_and_survives_a_round_trip(tower,
 
 
 def test_one_token_a_patch_in_reading_order(tower):
-    """Where the picture changes, the tokens of that place change: further right is a later column, lower a later row."""
+    """Where the picture changes, the tokens of that place change, in the same order."""
     side, patch = tower.config.image_size // tower.config.patch_size, tower.config.patch_size
     pixels = torch.randn(1, 3, tower.config.image_size, tower.config.image_size)
 
