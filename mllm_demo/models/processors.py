@@ -4,6 +4,7 @@ It knows nothing of weights or devices.
 """
 
 from pathlib import Path
+from types import SimpleNamespace
 
 from transformers import AutoProcessor, PretrainedConfig, ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
@@ -15,6 +16,9 @@ def _without_video(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin
     """`processor_class` with no video part, for machines without torchvision, which only video needs."""
 
     class PictureProcessor(processor_class):
+        # SmolVLM asks it for the defaults of a video while rendering any chat.
+        video_processor = SimpleNamespace(num_frames=None, fps=None)
+
         @classmethod
         def get_attributes(cls):
             return [name for name in super().get_attributes() if name != "video_processor"]
