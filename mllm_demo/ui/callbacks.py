@@ -94,31 +94,31 @@ class Callbacks:
         if not text and not files:
             yield SKIP, SKIP, SKIP, SKIP, SKIP, notice(words.NOTHING_ASKED)
             return
-        message = chat.user_message(text or words.WHAT_IS_THIS, files)
-        yield from self._answer([*history, message], sampling, request, first_input={"text": "", "files": []})
+        turn = chat.user_messages(text or words.WHAT_IS_THIS, files)
+        yield from self._answer([*history, *turn], sampling, request, first_input={"text": "", "files": []})
 
     def example(self, request: gr.Request, event: gr.SelectData, *sampling: float) -> Iterator[Outputs]:
         files = [file["path"] for file in event.value.get("files") or []]
-        message = chat.user_message(event.value.get("text") or "", files)
-        yield from self._answer([message], sampling, request)
+        yield from self._answer(chat.user_messages(event.value.get("text") or "", files), sampling, request)
 
     def retry(
         self, request: gr.Request, event: gr.RetryData, history: chat.History, *sampling: float
     ) -> Iterator[Outputs]:
-        yield from self._answer(chat.before_answer(history, event.index), sampling, request)
+        yield from self._answer(history[: event.index + 1], sampling, request)
 
     def edit(
         self, request: gr.Request, event: gr.EditData, history: chat.History, *sampling: float
     ) -> Iterator[Outputs]:
         index = event.index if isinstance(event.index, int) else event.index[0]
-        message = chat.with_text(history[index], str(event.value))
-        yield from self._answer([*history[:index], message], sampling, request)
+        edited = chat.user_messages(chat.typed(str(event.value)), [])
+        yield from self._answer([*history[:index], *edited], sampling, request)
 
     def undo(self, history: chat.History, event: gr.UndoData, request: gr.Request) -> tuple:
         self.sessions.stop(_key(request))
-        message = history[event.index]
-        back = {"text": chat.text_of(message), "files": [path for path, _ in chat.files_of(message)]}
-        return back, history[: event.index]
+        start = chat.turn_start(history, event.index)
+        turn = history[start : event.index + 1]
+        files = [path for message in turn for path, _ in chat.files_of(message)]
+        return {"text": "".join(map(chat.text_of, turn)), "files": files}, history[:start]
 
     def cleared(self, request: gr.Request) -> tuple:
         self.sessions.forget(_key(request))

@@ -1,9 +1,11 @@
 """Between Gradio's chat history and a `Conversation`; knows nothing of engines and raises `ImageError` only.
 
 A history is a list of `{"role", "content": [{"type": "text" | "file", ...}], "metadata"}`. Messages with a
-metadata title (progress, errors) are the page's own remarks and never reach a model.
+metadata title (progress, errors) are the page's own remarks and never reach a model; nor does the question
+that such a remark stands below, so that one question too many does not spoil those after it.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 from mllm_demo.chat.messages import Conversation, Message, Picture
@@ -11,24 +13,38 @@ from mllm_demo.chat.messages import Conversation, Message, Picture
 History = list[dict]
 ReadPicture = Callable[[str, str], Picture]
 
+# Gradio draws messages as Markdown with HTML in it. An invisible joiner after "<" and "!" keeps tags and pictures
+# as the letters they are, so that no words, of a person or a model, make the browser fetch anything.
+_JOINER = "\u2060"
+_MARKUP = re.compile(r"<(?=[A-Za-z/!?])|!(?=\[)")
 
-def user_message(text: str, files: Sequence[str]) -> dict:
-    parts: list[dict] = [{"path": path} for path in files]
-    return {"role": "user", "content": [*parts, *([text] if text else [])]}
+
+def shown(text: str) -> str:
+    return _MARKUP.sub(lambda found: found.group() + _JOINER, text)
+
+
+def typed(text: str) -> str:
+    """What `shown` was made from."""
+    return text.replace(_JOINER, "")
+
+
+def user_messages(text: str, files: Sequence[str]) -> History:
+    """One turn of a person: a message for each picture, then one for the text, so that editing spares pictures."""
+    return [{"role": "user", "content": {"path": path}} for path in files] + [{"role": "user", "content": shown(text)}]
 
 
 def answer_message(text: str) -> dict:
-    return {"role": "assistant", "content": text}
+    return {"role": "assistant", "content": shown(text)}
 
 
 def remark(title: str, text: str = "", *, pending: bool = False) -> dict:
     """A message of the page itself: progress with a spinner, or an error that can be retried."""
     metadata = {"title": title, **({"status": "pending"} if pending else {})}
-    return {"role": "assistant", "content": text, "metadata": metadata}
+    return {"role": "assistant", "content": shown(text), "metadata": metadata}
 
 
 def text_of(message: Mapping) -> str:
-    return "".join(part if isinstance(part, str) else part.get("text", "") for part in _parts(message))
+    return typed("".join(part if isinstance(part, str) else part.get("text", "") for part in _parts(message)))
 
 
 def files_of(message: Mapping) -> list[tuple[str, str]]:
@@ -53,22 +69,23 @@ def is_remark(message: Mapping) -> bool:
 
 
 def conversation(history: History, read: ReadPicture) -> Conversation:
-    """What the model is asked: remarks are left out, pictures come before the text of their message."""
-    messages = []
+    """What the model is asked: a person's messages in a row are one turn, questions that failed are left out."""
+    messages: list[Message] = []
     for message in history:
         if is_remark(message):
+            if messages and messages[-1].role == "user":
+                messages.pop()
             continue
-        pictures = [read(path, name) for path, name in files_of(message)]
-        text = text_of(message)
-        messages.append(Message(message["role"], (*pictures, *([text] if text else []))))
+        parts = [read(path, name) for path, name in files_of(message)]
+        parts += [text] if (text := text_of(message)) else []
+        if messages and messages[-1].role == message["role"]:
+            parts = [*messages.pop().content, *parts]
+        messages.append(Message(message["role"], tuple(parts)))
     return tuple(messages)
 
 
-def before_answer(history: History, index: int) -> History:
-    """The history up to and with the user message at `index`."""
-    return list(history[: index + 1])
-
-
-def with_text(message: Mapping, text: str) -> dict:
-    """`message` with its text replaced and its pictures kept."""
-    return user_message(text, [path for path, _ in files_of(message)])
+def turn_start(history: History, index: int) -> int:
+    """Where the turn begins whose last message is the user message at `index`."""
+    while index > 0 and history[index - 1]["role"] == "user":
+        index -= 1
+    return index

@@ -100,8 +100,11 @@ def chromium():
 
 
 @pytest.fixture
-def visit(chromium, request, tmp_path):
-    """Opens an address in a context of its own; afterwards the console must be clean and nothing foreign fetched."""
+def visit(chromium, request, tmp_path, staged):
+    """Opens an address in a context of its own; afterwards the console must be clean and nothing foreign fetched.
+
+    It asks for `staged` so that browsers close before the servers that they look at.
+    """
     contexts, complaints = [], []
 
     def open_page(address, *, theme="light", width=1280, height=800):
@@ -109,7 +112,8 @@ def visit(chromium, request, tmp_path):
         page = context.new_page()
         page.set_default_timeout(ANSWER_MS)
         page.on(
-            "console", lambda m: complaints.append(f"{m.type}: {m.text}") if m.type in ("error", "warning") else None
+            "console",
+            lambda m: complaints.append(f"{m.type}: {m.text} {m.location}") if m.type in ("error", "warning") else None,
         )
         page.on("pageerror", lambda error: complaints.append(f"uncaught: {error}"))
         page.on("request", lambda r: complaints.append(f"fetched {r.url}") if _foreign(r.url) else None)

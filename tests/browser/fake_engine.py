@@ -145,8 +145,8 @@ class FakeEngine:
         stop = stop or threading.Event()
         question = messages[-1].text
         self.asked.append(messages)
+        ahead = self.waiting + self.lock.locked()
         self.waiting += 1
-        ahead = self.waiting - 1
         try:
             while not self.lock.acquire(timeout=0.1):
                 yield Queued(ahead)

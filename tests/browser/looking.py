@@ -1,6 +1,7 @@
 """How the browser tests find things on the page: by role and name, as a person would."""
 
 import re
+from collections.abc import Callable
 
 from playwright.sync_api import Page, expect
 
@@ -30,6 +31,15 @@ def wait_for_answer(page: Page) -> None:
 def ask_example(page: Page) -> None:
     page.get_by_role("button", name=EXAMPLE).click()
     wait_for_answer(page)
+
+
+def until(page: Page, true: Callable[[], bool], seconds: float = 20) -> None:
+    """Waits for something that happens on the server's side."""
+    for _ in range(round(seconds * 10)):
+        if true():
+            return
+        page.wait_for_timeout(100)
+    raise AssertionError(f"did not happen within {seconds} s")
 
 
 def selection(page: Page):

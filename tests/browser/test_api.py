@@ -42,7 +42,7 @@ def test_a_file_that_is_no_picture_is_refused_in_one_sentence(client, tmp_path):
 
 
 def test_a_setting_out_of_range_is_refused_in_one_sentence(client, picture):
-    with pytest.raises(Exception, match="temperature must be 0"):
+    with pytest.raises(Exception, match="Temperature must be 0"):
         client.predict(image=handle_file(str(picture)), question="?", temperature=9, api_name="/ask")
 
 

@@ -27,9 +27,8 @@ def test_closing_the_tab_stops_the_answer(visit, staged):
     page = visit(address)
     looking.ask(page, "a slow answer please")
     expect(looking.answers(page).last).to_contain_text("There is")
-    page.goto("about:blank")
+    page.close()
     assert engine.ended.wait(timeout=20)
-    assert engine.stopped == 1
 
 
 def test_while_an_answer_streams_the_routing_grows_and_the_selection_stays(visit, staged):
@@ -86,7 +85,7 @@ def test_undo_brings_the_question_back_and_edit_asks_again(visit, staged, pictur
     page.get_by_role("button", name="Edit").click()
     page.get_by_role("log").get_by_role("textbox").fill("second wording")
     page.get_by_role("log").get_by_role("button", name="Submit").click()
-    expect(page.get_by_text("second wording")).to_be_visible()
+    looking.until(page, lambda: len(engine.asked) == 2)
     looking.wait_for_answer(page)
     assert engine.asked[-1][-1].text == "second wording"
     assert len(engine.asked[-1]) == 1
@@ -97,14 +96,18 @@ def test_undo_brings_the_question_back_and_edit_asks_again(visit, staged, pictur
     expect(looking.answers(page)).to_have_count(0)
 
 
-def test_a_second_question_carries_the_conversation_but_not_the_remarks(visit, staged):
+def test_a_later_question_carries_the_conversation_but_not_what_failed(visit, staged):
     address, engine = staged()
     page = visit(address)
     looking.ask(page, "please fail")
     expect(page.get_by_text("ran out of memory")).to_be_visible()
     looking.ask(page, "and now?")
     looking.wait_for_answer(page)
-    assert [(m.role, m.text) for m in engine.asked[-1]] == [("user", "please fail"), ("user", "and now?")]
+    looking.ask(page, "and then?")
+    expect(looking.answers(page)).to_have_count(3)
+    looking.wait_for_answer(page)
+    first, answer, second = engine.asked[-1]
+    assert (first.text, answer.role, second.text) == ("and now?", "assistant", "and then?")
 
 
 def test_clear_empties_the_chat_and_shows_the_recorded_example_again(visit, staged):
@@ -140,9 +143,9 @@ def test_without_a_model_the_page_says_so_and_offers_one(visit, staged, state, s
 def test_loading_another_model_shows_progress_and_then_its_name(visit, staged):
     address, _ = staged(pause=0.1)
     page = visit(address)
-    page.get_by_role("button", name="Model", exact=True).click()
-    page.get_by_role("listbox", name="Model").fill("some/folder")
-    page.get_by_role("listbox", name="Model").press("Enter")
+    page.get_by_role("button", name=re.compile("^Model")).click()
+    page.get_by_role("combobox", name="Model").fill("some/folder")
+    page.get_by_role("combobox", name="Model").press("Enter")
     page.get_by_role("button", name="Load this model").click()
     expect(page.get_by_role("progressbar", name="Loading the model")).to_be_visible()
     expect(page.get_by_role("status", name="Model")).to_contain_text("some/folder")
@@ -151,9 +154,9 @@ def test_loading_another_model_shows_progress_and_then_its_name(visit, staged):
 def test_a_model_that_cannot_be_loaded_leaves_the_old_one(visit, staged):
     address, _ = staged()
     page = visit(address)
-    page.get_by_role("button", name="Model", exact=True).click()
-    page.get_by_role("listbox", name="Model").fill("missing/model")
-    page.get_by_role("listbox", name="Model").press("Enter")
+    page.get_by_role("button", name=re.compile("^Model")).click()
+    page.get_by_role("combobox", name="Model").fill("missing/model")
+    page.get_by_role("combobox", name="Model").press("Enter")
     page.get_by_role("button", name="Load this model").click()
     expect(page.get_by_role("alert")).to_contain_text("missing/model is neither a folder nor a known model")
     expect(page.get_by_role("status", name="Model")).to_contain_text("in 4 bit")
@@ -180,10 +183,13 @@ def test_a_choice_for_the_whole_conversation_is_never_drawn_as_if_tokens_had_cho
 
 
 def test_hostile_words_are_drawn_as_text(visit, staged):
-    address, _ = staged()
+    address, engine = staged()
     page = visit(address)
-    looking.ask(page, "<img src=x onerror=alert(1)> <b>bold</b>")
+    looking.ask(page, "<img src=x onerror=alert(1)> <b>bold</b> ![a](http://203.0.113.1/a.png)")
     looking.wait_for_answer(page)
+    expect(page.get_by_role("log")).to_contain_text("onerror=alert(1)>")
+    assert page.get_by_role("log").locator(".message img, .message b").count() == 0
+    assert engine.asked[-1][0].text == "<img src=x onerror=alert(1)> <b>bold</b> ![a](http://203.0.113.1/a.png)"
     expect(looking.words(page).filter(has_text="onerror=alert(1)>")).to_be_visible()
     assert page.get_by_role("region", name="Words view").locator("b").count() == 0
 
