@@ -32,6 +32,8 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("lora_A", "lora_B", "lora_router")
+    # PEFT looks it up in every forward; found on the class, it costs nothing.
+    cast_input_dtype_enabled = True
     other_param_names = ("r", "scaling", "num_experts", "dropout_p", "router_sites")
 
     def __init__(self, base_layer: nn.Linear, adapter_name: str, config: MoeLoraConfig, plain: bool) -> None:
@@ -84,15 +86,13 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
             lora_A = self.lora_A[adapter_name]
             z = self._cast_input_dtype(x, lora_A.dtype)
             site = self.router_sites.get(adapter_name)
-            gate = None if site is None else site.gate(z, self)  # (.., E+S, 1)
+            gate = None if site is None else site.gate(z, self)  # (.., (E+S) * r)
             dropout_p = self.dropout_p[adapter_name]
             if dropout_p and self.training:
                 z = F.dropout(z, dropout_p)
             middle = F.linear(z, lora_A)  # (.., (E+S) * r)
             if gate is not None:
-                if gate.dtype != middle.dtype:
-                    gate = gate.to(middle.dtype)
-                middle = (middle.unflatten(-1, (gate.shape[-2], -1)) * gate).flatten(-2)
+                middle = middle * (gate if gate.dtype == middle.dtype else gate.to(middle.dtype))
             delta = F.linear(middle, self.lora_B[adapter_name])
             result = torch.add(result, delta, alpha=self.scaling[adapter_name])
         return result if result.dtype == base_dtype else result.to(base_dtype)

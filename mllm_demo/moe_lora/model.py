@@ -130,11 +130,14 @@ class MoeLoraModel(BaseTuner):
                     block=self._block(key, config.router_scope),
                     adapter_name=adapter_name,
                 )
-            if not router.weight.is_meta:
-                router.to(owner.get_base_layer().weight.device)
+            device = owner.get_base_layer().weight.device
+            if router.weight.is_meta:
+                router.empty_gate = router.empty_gate.to(device)
+            else:
+                router.to(device)
             router.requires_grad_(trainable).train(owner.training)
             owner.lora_router[adapter_name] = router
-            site = RouterSite(router, self._state, in_decoder=self._in_decoder(key))
+            site = RouterSite(router, config.r, self._state, in_decoder=self._in_decoder(key))
             for _, module in modules:
                 module.router_sites[adapter_name] = site
             sites.append(site)

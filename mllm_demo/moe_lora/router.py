@@ -89,6 +89,12 @@ class MoeLoraRouter(nn.Module):
             nn.Parameter(torch.zeros(self.num_experts, dtype=torch.float32)) if config.router_bias else None
         )
         nn.init.normal_(self.weight, std=0.02)
+        # A gate before any choice: 0 for routed experts, 1 for a shared one of constant weight. Not saved, and
+        # so never on the meta device.
+        gate = torch.zeros(self.num_experts, device="cpu")
+        if self.has_shared_expert and not self.complement:
+            gate = torch.cat((gate, torch.ones(1, device="cpu")))
+        self.register_buffer("empty_gate", gate, persistent=False)
 
     def forward(self, z: torch.Tensor) -> RouterOutput:
         """`z`: [.., in_features], or with granularity "modality" the ids, int64 [..]."""
@@ -132,15 +138,13 @@ class MoeLoraRouter(nn.Module):
         weights: torch.Tensor,
     ) -> RouterOutput:
         """The decision for `selected_experts` [.., k] with `weights` [.., k], the shared expert's added."""
-        shared = None
+        empty_gate = self.empty_gate.float().expand(*weights.shape[:-1], -1)
         if self.complement:
             top = weights.max(dim=-1, keepdim=True).values
-            weights, shared = weights * top, 1.0 - top
-        elif self.has_shared_expert:
-            shared = torch.ones_like(weights[..., :1])
-        gate = torch.zeros_like(router_probs).scatter(-1, selected_experts, weights)
-        if shared is not None:
-            gate = torch.cat((gate, shared), dim=-1)
+            weights = weights * top
+            gate = torch.cat((empty_gate.scatter(-1, selected_experts, weights), 1.0 - top), dim=-1)
+        else:
+            gate = empty_gate.scatter(-1, selected_experts, weights)
         return RouterOutput(router_logits, router_probs, selected_experts, weights, gate)
 
     def extra_repr(self) -> str:
@@ -179,12 +183,13 @@ class RouterSite:
     when the first runs again (gradient checkpointing recomputes a layer in backward), it decides again.
     """
 
-    def __init__(self, router: MoeLoraRouter, state: RoutingState, in_decoder: bool) -> None:
+    def __init__(self, router: MoeLoraRouter, r: int, state: RoutingState, in_decoder: bool) -> None:
         self.router = router
+        self.r = r
         self.state = state
         self.in_decoder = in_decoder
         self.leader: Any = None
-        self.block_gate: torch.Tensor | None = None
+        self.rank_gate: torch.Tensor | None = None
         self.kept_input: torch.Tensor | None = None
         self.recorded: tuple[RouterOutput, torch.Tensor | None] | None = None
 
@@ -197,20 +202,21 @@ class RouterSite:
 
     def end_forward(self) -> None:
         self.leader = None
-        self.block_gate = None
+        self.rank_gate = None
 
     def gate(self, x: torch.Tensor, member: object) -> torch.Tensor:
-        """The gate of `member`'s rank blocks for its input `x` [.., in_features]: [.., E+S, 1]."""
+        """What `member` multiplies its ranks by, for its input `x` [.., in_features]: [.., (E+S)*r]."""
         if self.leader is None or self.leader is member:
             output = self.router(self._router_input(x))
             self.leader = member
-            self.block_gate = output.gate.unsqueeze(-1)
+            # Once for all members: each weight repeated over its expert's r ranks.
+            self.rank_gate = output.gate.unsqueeze(-1).expand(*output.gate.shape, self.r).flatten(-2)
             if self.state.in_forward and self.router.training and torch.is_grad_enabled():
                 self.recorded = (output, self._token_mask(output.router_probs.shape[:-1]))
-        gate = self.block_gate
+        gate = self.rank_gate
         if gate.device != x.device:
             gate = gate.to(x.device)
-        return gate if gate.dim() == x.dim() + 1 else _fit(gate, x)
+        return gate if gate.dim() == x.dim() else _fit(gate, x)
 
     def aux_loss(self) -> torch.Tensor | None:
         """The balance loss of the Switch Transformer (eq. 4) for the recorded forward, which it frees."""
@@ -298,7 +304,7 @@ def masked_mean(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 
 def _fit(gate: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Reshapes a gate made for [batch, T] to an input whose tokens are flattened, or the other way round."""
-    tokens, blocks = x.shape[:-1], gate.shape[-2:]
-    if gate.dim() == 4 and gate.shape[1] == 1 and tokens.numel() != gate.shape[0]:
-        gate = gate.expand(-1, tokens.numel() // gate.shape[0], -1, -1)  # one choice per sequence
-    return gate.reshape(*tokens, *blocks)
+    tokens = x.shape[:-1]
+    if gate.dim() == 3 and gate.shape[1] == 1 and tokens.numel() != gate.shape[0]:
+        gate = gate.expand(-1, tokens.numel() // gate.shape[0], -1)  # one choice per sequence
+    return gate.reshape(*tokens, -1)

@@ -29,7 +29,7 @@ def kept_tensors(model):
     found = []
     for sites in model.base_model._sites.values():
         for site in sites:
-            found += [site.leader, site.block_gate, site.recorded]
+            found += [site.leader, site.rank_gate, site.recorded]
     return [value for value in found if value is not None]
 
 
