@@ -49,7 +49,10 @@ class MoeLoraModel(BaseTuner):
     def _pre_injection_hook(self, model: nn.Module, config: MoeLoraConfig, adapter_name: str) -> None:
         self._state = RoutingState()
         self._sites: dict[str, list[RouterSite]] = {}
-        decoder, self._decoder_path = _find_decoder(model)
+        self._decoder_path = _decoder_path(model)
+
+    def _post_injection_hook(self, model: nn.Module, config: MoeLoraConfig, adapter_name: str) -> None:
+        decoder = model.get_submodule(self._decoder_path)
         self._hooks = [
             model.register_forward_pre_hook(self._begin_forward, with_kwargs=True),
             model.register_forward_hook(self._end_forward, always_call=True),
@@ -351,13 +354,10 @@ def _is_plain_target(config: MoeLoraConfig, key: str) -> bool:
     return bool(check_target_module_exists(plain, key))
 
 
-def _find_decoder(model: nn.Module) -> tuple[nn.Module, str]:
-    """The text decoder inside `model` and its path; the model itself, "", where it has none of its own."""
+def _decoder_path(model: nn.Module) -> str:
+    """Path of the text decoder inside `model`; "", the model itself, where it has none of its own."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    for path, module in model.named_modules():
-        if module is decoder:
-            return decoder, path
-    return model, ""
+    return next((path for path, module in model.named_modules() if module is decoder), "")
 
 
 def _model_input(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:

@@ -89,7 +89,7 @@ class MoeLoraRouter(nn.Module):
             nn.Parameter(torch.zeros(self.num_experts, dtype=torch.float32)) if config.router_bias else None
         )
         nn.init.normal_(self.weight, std=0.02)
-        # A gate before any choice: 0 for routed experts, 1 for a shared one of constant weight. Not saved, and
+        # A gate before any choice: 0 for routed experts, 1 for a shared one of constant weight. Not saved,
         # so never on the meta device.
         gate = torch.zeros(self.num_experts, device="cpu")
         if self.has_shared_expert and not self.complement:

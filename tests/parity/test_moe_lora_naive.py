@@ -1,8 +1,8 @@
 """MoE-LoRA equals a naive mixture, one token and one expert at a time, for every combination of its choices.
 
-The reference shares no code with the method: it wraps the linear layers of a plain Llama, reads the adapter's saved
-tensors, and knows which module of a Llama runs first. Tolerance 1e-5 in float32: sums in another order; gradients,
-which pass through both layers and add up over all tokens, 1e-4.
+The reference shares no code with the method: it wraps the linear layers of a plain Llama, reads the adapter's
+saved tensors, and knows which module of a Llama runs first. Tolerance 1e-5 in float32: sums in another order;
+gradients, which pass through both layers and add up over all tokens, 1e-4.
 """
 
 import itertools

@@ -71,6 +71,22 @@ def test_linear4bit_equals_naive_on_dequantized_weight():
         assert torch.equal(model(x), base(x))
 
 
+@torch.no_grad()
+def test_linear8bit_adds_what_the_experts_add_elsewhere():
+    torch.manual_seed(0)
+    weight, x = torch.randn(OUT, IN) / 8, torch.randn(2, 5, IN)
+    base = bnb.nn.Linear8bitLt(IN, OUT, bias=False, has_fp16_weights=False)
+    base.weight = bnb.nn.Int8Params(weight, has_fp16_weights=False, requires_grad=False)
+    base = base.to("cpu")
+    expected = base(x)
+    model = adapt(base)
+    layer = model.base_model.model.linear
+
+    assert isinstance(layer, MoeLoraLayer) and base.weight.dtype == torch.int8
+    delta = naive(layer, torch.zeros(OUT, IN), x)
+    torch.testing.assert_close(model(x) - expected, delta, atol=1e-5, rtol=1e-5)
+
+
 def test_linear4bit_trains_adapter_and_router_but_not_the_base():
     torch.manual_seed(0)
     model = adapt(linear_4bit(torch.randn(OUT, IN), torch.float32)).train()

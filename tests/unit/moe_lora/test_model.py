@@ -121,6 +121,13 @@ def test_a_module_cannot_be_both_plain_and_expert(llama, moe_config):
         get_peft_model(llama(), moe_config(target_modules=["q_proj"]))
 
 
+def test_a_refused_config_leaves_no_hook_on_the_base(llama, moe_config):
+    base = llama()
+    with pytest.raises(ValueError, match="not found in the base model"):
+        get_peft_model(base, moe_config(target_modules=["nothing"], plain_target_modules=None))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in base.modules())
+
+
 def test_merging_is_refused(moe_llama):
     model = moe_llama()
     for merge in (model.merge_adapter, model.merge_and_unload, model.unmerge_adapter):
