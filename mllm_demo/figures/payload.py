@@ -33,7 +33,9 @@ def router_kinds(trace: RoutingTrace) -> list[dict]:
     blocks = [sites[0].block for sites in groups.values()]
     return [
         {
-            "label": block if blocks.count(block) == 1 else f"{block} · {path.rpartition('*.')[2]}",
+            "label": block
+            if blocks.count(block) == 1
+            else f"{block} · {path.rpartition('*.')[2].removeprefix(f'{block}.')}",
             "block": block,
             "sites": [index[site.name] for site in sites],
         }
@@ -50,6 +52,12 @@ class PayloadStream:
     def __init__(self, kind: str = "answer") -> None:
         self._kind = kind
         self._restart()
+
+    @property
+    def num_bytes(self) -> int:
+        """About what the payload weighs, pictures left out; a heavy one should not be sent often."""
+        columns = ("probs", "selected", "weights")
+        return sum(len(text) for part in self._parts for column in columns for text in part[column])
 
     def _restart(self) -> None:
         self._key = secrets.token_hex(6)

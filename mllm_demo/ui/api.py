@@ -43,7 +43,8 @@ def add_ask_endpoint(engine: Engine, settings: Settings, sessions: Sessions, rea
 
     def ask(image, question, max_new_tokens, temperature, seed, request: gr.Request):
         """Asks the model about a picture. Returns the answer and the routing trace, a .safetensors file."""
-        stop = sessions.begin(str(request.session_hash))
+        key = str(request.session_hash)
+        stop = sessions.begin(key)
         try:
             if not image:
                 raise DemoError(words.NO_FILE)
@@ -53,7 +54,7 @@ def add_ask_endpoint(engine: Engine, settings: Settings, sessions: Sessions, rea
             message = Message("user", (read(image, Path(image).name), question.strip()))
             for event in engine.answer((message,), sampling, stop):
                 if isinstance(event, Finished):
-                    path = event.trace and str(event.trace.save(sessions.trace_path()))
+                    path = event.trace and str(sessions.save_trace(key, event.trace))
                     return event.text, path
         except DemoError as error:
             raise gr.Error(words.sentence(error), print_exception=False) from error

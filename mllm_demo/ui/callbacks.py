@@ -7,6 +7,7 @@ nothing of layout: `ui.page` decides which component each returned value goes to
 import html
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ from mllm_demo.ui.sessions import Sessions
 log = logging.getLogger(__name__)
 
 POLL_S = 0.3
+MIN_UPDATE_S = 0.05
 SLOW_TICK_S = 20.0
 FAST_TICK_S = 1.0
 # What one answer event updates, in this order: input, chat, view, status, download, notice.
@@ -37,16 +39,16 @@ SKIP = gr.skip()
 
 
 class Callbacks:
-    """One per page. `sample`: the trace shown before anybody asked, or None."""
+    """One per page. `sample`: the trace shown before anybody asked, and its file; or None."""
 
-    def __init__(self, engine: Engine, settings: Settings, sample: RoutingTrace | None) -> None:
+    def __init__(self, engine: Engine, settings: Settings, sample: tuple[RoutingTrace, Path] | None) -> None:
         self.engine = engine
         self.settings = settings
         self.sessions = Sessions()
-        self._sample = sample
+        self._sample, self._sample_path = sample or (None, None)
         self._sample_payload = (
-            PayloadStream("sample").update(sample, live=False, note=words.SAMPLE_NOTE)
-            if sample
+            PayloadStream("sample").update(self._sample, live=False, note=words.SAMPLE_NOTE)
+            if self._sample
             else empty_payload(words.EMPTY_VIEW)
         )
         self.read: Callable = partial(
@@ -63,7 +65,7 @@ class Callbacks:
             self._sample_payload,
             status_line(status),
             self.tick(),
-            self._download(self._sample),
+            self._sample_download(),
             *self._overview(self._sample),
         )
 
@@ -122,7 +124,7 @@ class Callbacks:
 
     def cleared(self, request: gr.Request) -> tuple:
         self.sessions.forget(_key(request))
-        return self._sample_payload, self._download(self._sample), "", *self._overview(self._sample)
+        return self._sample_payload, self._sample_download(), "", *self._overview(self._sample)
 
     def stopped(self, request: gr.Request) -> None:
         self.sessions.stop(_key(request))
@@ -145,6 +147,7 @@ class Callbacks:
         stream = PayloadStream()
         view: object = SKIP
         answer = ""
+        drawn = sent = 0.0
         busy = gr.MultimodalTextbox(submit_btn=False, stop_btn=True)
         if first_input is not None:
             busy = gr.MultimodalTextbox(value=first_input, submit_btn=False, stop_btn=True)
@@ -161,10 +164,13 @@ class Callbacks:
                 if isinstance(event, Finished):
                     yield self._finished(key, event, history, stream, idle)
                     return
-                if isinstance(event, TraceUpdate):
-                    view = stream.update(event.trace, live=True)
-                elif isinstance(event, TextDelta):
+                if isinstance(event, TextDelta):
                     answer = event.text
+                if isinstance(event, TraceUpdate) and time.monotonic() - drawn >= redraw_s(stream):
+                    view, drawn = stream.update(event.trace, live=True), time.monotonic()
+                elif isinstance(event, TextDelta | TraceUpdate) and time.monotonic() - sent < MIN_UPDATE_S:
+                    continue
+                sent = time.monotonic()
                 yield SKIP, [*history, _shown(event, answer)], view, SKIP, SKIP, ""
         except DemoError as error:
             sentence = words.sentence(error)
@@ -198,13 +204,15 @@ class Callbacks:
             view = stream.update(event.trace, live=False, note=words.how_it_ended(event))
         self.sessions.keep_trace(key, event.trace)
         shown = chat.answer_message(event.text) if event.text else chat.remark(words.how_it_ended(event) or "…")
-        return idle, [*history, shown], view, status_line(status, event), self._download(event.trace), ""
+        return idle, [*history, shown], view, status_line(status, event), self._download(key, event.trace), ""
 
-    def _download(self, trace: RoutingTrace | None) -> gr.DownloadButton:
+    def _download(self, key: str, trace: RoutingTrace | None) -> gr.DownloadButton:
         if trace is None:
             return gr.DownloadButton(value=None, interactive=False)
-        path = trace.save(self.sessions.trace_path())
-        return gr.DownloadButton(value=str(path), interactive=True)
+        return gr.DownloadButton(value=str(self.sessions.save_trace(key, trace)), interactive=True)
+
+    def _sample_download(self) -> gr.DownloadButton:
+        return gr.DownloadButton(value=self._sample_path, interactive=self._sample is not None)
 
     # Traces
 
@@ -215,8 +223,9 @@ class Callbacks:
             view = PayloadStream("file").update(trace, live=False, note=Path(path).name)
         except DemoError as error:
             return SKIP, SKIP, notice(words.sentence(error).replace(path, Path(path).name))
-        self.sessions.keep_trace(_key(request), trace)
-        return view, self._download(trace), ""
+        key = _key(request)
+        self.sessions.keep_trace(key, trace)
+        return view, self._download(key, trace), ""
 
     def overview(self, request: gr.Request) -> tuple:
         return self._overview(self.sessions.trace(_key(request)))
@@ -251,6 +260,11 @@ class Callbacks:
 
 def _read_upload(path: str, name: str, *, max_bytes: int, max_pixels: int):
     return read_picture(path, max_bytes=max_bytes, max_pixels=max_pixels, name=name)
+
+
+def redraw_s(stream: PayloadStream) -> float:
+    """Seconds between two drawings of a growing trace: heavy ones keep the browser busy for longer."""
+    return 0.3 + stream.num_bytes / 1e6
 
 
 def _key(request: gr.Request) -> str:

@@ -21,13 +21,14 @@ log = logging.getLogger(__name__)
 
 ASSETS = Path(__file__).parents[2] / "assets"
 IMAGE_SUFFIXES = [".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"]
+SAMPLE = "sample_trace.safetensors"
 # Uploads and traces lie on the server's disk for at most this long.
 DELETE_CACHE_EVERY_S, DELETE_CACHE_AFTER_S = 900, 6 * 3600
 
 
 def build_page(engine: Engine, settings: Settings, assets: Path = ASSETS) -> gr.Blocks:
-    """The whole page around `engine`. `assets` may hold `examples/examples.json` and `sample_trace.safetensors`."""
-    do = Callbacks(engine, settings, _sample(assets / "sample_trace.safetensors"))
+    """The whole page around `engine`. `assets` may hold `examples/examples.json` and a sample trace."""
+    do = Callbacks(engine, settings, _sample(assets / SAMPLE))
     with gr.Blocks(
         title=words.PAGE_TITLE, analytics_enabled=False, delete_cache=(DELETE_CACHE_EVERY_S, DELETE_CACHE_AFTER_S)
     ) as page:
@@ -82,6 +83,7 @@ def launch_kwargs(settings: Settings) -> dict:
         "theme": make_theme(),
         "css": CSS,
         "js": JS,
+        "allowed_paths": [str(ASSETS / SAMPLE)],
         "footer_links": ["api"],
         "run_history": False,
         "enable_monitoring": False,
@@ -160,11 +162,11 @@ def _examples(folder: Path) -> list[dict]:
     ]
 
 
-def _sample(path: Path) -> RoutingTrace | None:
+def _sample(path: Path) -> tuple[RoutingTrace, Path] | None:
     if not path.is_file():
         return None
     try:
-        return RoutingTrace.load(path)
+        return RoutingTrace.load(path), path
     except TraceError as error:
         log.warning("the recorded example cannot be shown: %s", error)
         return None

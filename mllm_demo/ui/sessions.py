@@ -1,9 +1,10 @@
-"""What the server remembers of each browser session: the running answer's stop switch and the last trace.
+"""What the server remembers of each browser session: the running answer's stop switch, the last trace and its file.
 
 Conversations are not here: they live in the page of the person who has them. It knows nothing of Gradio.
 """
 
 import secrets
+import shutil
 import tempfile
 import threading
 from collections import OrderedDict
@@ -19,6 +20,12 @@ MAX_SESSIONS = 256
 class _Session:
     stop: threading.Event = field(default_factory=threading.Event)
     trace: RoutingTrace | None = None
+    folder: Path | None = None
+
+    def drop(self) -> None:
+        self.stop.set()
+        if self.folder:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 class Sessions:
@@ -39,7 +46,7 @@ class Sessions:
             session.stop = threading.Event()
             while len(self._sessions) > self._capacity:
                 _, oldest = self._sessions.popitem(last=False)
-                oldest.stop.set()
+                oldest.drop()
             return session.stop
 
     def is_current(self, key: str, stop: threading.Event) -> bool:
@@ -58,7 +65,7 @@ class Sessions:
         """The tab was closed: stops its answer and drops its trace."""
         with self._lock:
             if session := self._sessions.pop(key, None):
-                session.stop.set()
+                session.drop()
 
     def keep_trace(self, key: str, trace: RoutingTrace | None) -> None:
         with self._lock:
@@ -69,8 +76,19 @@ class Sessions:
             session = self._sessions.get(key)
             return session.trace if session else None
 
-    def trace_path(self) -> Path:
-        """Where one trace may be written; nobody can guess the name of another's."""
+    def save_trace(self, key: str, trace: RoutingTrace) -> Path:
+        """Writes the trace for its owner to download, in place of an earlier one; nobody can guess the path."""
         folder = Path(self._folder.name) / secrets.token_hex(16)
         folder.mkdir()
-        return folder / "routing_trace.safetensors"
+        with self._lock:
+            session = self._sessions.setdefault(key, _Session())
+            former, session.folder = session.folder, folder
+        if former:
+            shutil.rmtree(former, ignore_errors=True)
+        return trace.save(folder / "routing_trace.safetensors")
+
+    def close(self) -> None:
+        """Forgets everybody and removes every file."""
+        for key in list(self._sessions):
+            self.forget(key)
+        self._folder.cleanup()

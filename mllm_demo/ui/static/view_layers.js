@@ -88,7 +88,8 @@ function createLayersView(root, view) {
       p.globalAlpha = band.image ? 0.75 : band.answer ? 0.5 : 0.22;
       p.fillRect(x + 0.5, 19, Math.max(1, width - 1), 4);
       p.globalAlpha = 0.8;
-      if (p.measureText(band.name).width <= width - 2) p.fillText(band.name, x + 1, 9);
+      const start = Math.max(x, Math.min(scroll.scrollLeft, x + width)) + 1;
+      if (p.measureText(band.name).width <= x + width - start - 1) p.fillText(band.name, start, 9);
       p.globalAlpha = 1;
     }
   }
@@ -198,6 +199,8 @@ function createLayersView(root, view) {
     const y = Math.floor((event.clientY - bars.getBoundingClientRect().top - MAP_HEAD) / size.row);
     if (y >= 0 && y < size.rows) view.select({ layer: y });
   };
+
+  scroll.onscroll = () => { if (view.trace) drawMap(); };
 
   function reveal() {
     const x = view.token * size.cell;

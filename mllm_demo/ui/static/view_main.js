@@ -109,6 +109,7 @@ function createRoutingView(element, props, watch) {
     parts.now.textContent = view.describe(view.token, view.siteIndex());
     const whole = view.site().granularity === "sequence";
     root.dataset.whole = String(whole);
+    root.dataset.many = String(view.site().k > 1);
     find(".rv-layers .rv-hint").textContent = whole
       ? "one choice in each layer, for the whole conversation" : "tokens from left to right, layers from top to bottom";
     const note = find(".rv-note");

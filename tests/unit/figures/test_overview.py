@@ -1,0 +1,45 @@
+"""The overview figures show the shares that `routing.stats` counts."""
+
+import numpy as np
+import pytest
+
+from mllm_demo.figures.expert_load import expert_load_figure
+from mllm_demo.figures.modality_share import modality_share_figure
+from mllm_demo.routing.trace import RoutingTrace, Site, Token, TraceImage
+
+
+@pytest.fixture
+def trace():
+    """Layer 0: all image tokens to expert 1, all text to expert 0; layer 1: everything to expert 2 of three."""
+    tokens = [Token(9, "", "image", "user", "prefill", 0) for _ in range(3)]
+    tokens += [Token(1, "a", "text", "user", "prefill")]
+    sites = (Site("l.0.mlp", 0, "mlp", 2, 1), Site("l.1.mlp", 1, "mlp", 3, 1))
+    chosen = {"l.0.mlp": [1, 1, 1, 0], "l.1.mlp": [2, 2, 2, 2]}
+    return RoutingTrace(
+        tuple(tokens),
+        sites,
+        {s.name: np.full((4, s.num_experts), 1 / s.num_experts, np.float16) for s in sites},
+        {name: np.array(values, np.int16)[:, None] for name, values in chosen.items()},
+        {s.name: np.ones((4, 1), np.float16) for s in sites},
+        (TraceImage(b"x", 1, 1),),
+    )
+
+
+def test_load_bars_of_a_layer_sum_to_all_tokens(trace):
+    figure = expert_load_figure(trace, trace.sites, "mlp")
+    heights = np.array([bar.y for bar in figure.data])
+    np.testing.assert_allclose(heights.sum(axis=0), 100)
+    np.testing.assert_allclose(heights[:, 0], [25, 75, 0])
+
+
+def test_modality_map_says_who_serves_the_picture(trace):
+    heat = modality_share_figure(trace, trace.sites, "mlp").data[0]
+    z = np.array(heat.z, float)
+    np.testing.assert_allclose(z[:2, 0], [-100, 100])
+    assert np.isnan(z[2, 0]), "an expert that the layer does not have is no square"
+    np.testing.assert_allclose(z[:, 1], 0)
+
+
+def test_a_map_of_small_differences_is_not_blown_up(trace):
+    heat = modality_share_figure(trace, trace.sites[1:], "mlp").data[0]
+    assert (heat.zmin, heat.zmax) == (-20, 20)
