@@ -20,7 +20,7 @@ check: $(INSTALLED_DEV)
 bench: $(INSTALLED_DEV)
 	@for file in benchmarks/*.py; do \
 		module=$$(basename $$file .py); \
-		case $$module in __init__) continue ;; esac; \
+		case $$module in __init__|timing) continue ;; esac; \
 		echo "== benchmarks.$$module"; $(BIN)/python -m benchmarks.$$module $(ARGS) || exit 1; \
 	done
 
