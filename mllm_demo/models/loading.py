@@ -21,7 +21,6 @@ from transformers import (
     ProcessorMixin,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-from transformers.utils import logging as transformers_logging
 
 from mllm_demo.chat.events import LoadProgress
 from mllm_demo.errors import CheckpointError, LoadError, OutOfMemoryError
@@ -29,6 +28,7 @@ from mllm_demo.models import adapters, catalog, fetching, memory, quantize
 from mllm_demo.models.bundled import weights as bundled_weights
 from mllm_demo.models.fetching import Progress, monotone
 from mllm_demo.models.processors import load_processor
+from mllm_demo.models.progress import bars_as_progress
 from mllm_demo.settings import ModelChoice
 
 FETCH_SHARE = 0.5  # of the progress bar, when nothing is in the cache yet
@@ -142,37 +142,6 @@ def fetch(choice: ModelChoice, cache_dir: Path | None, progress: Progress) -> Re
 
 
 @contextmanager
-def _weight_steps(progress: Progress) -> Iterator[None]:
-    """Turns transformers' own "Loading weights" bar into `progress`, 0 to 1, and keeps it off the terminal."""
-
-    class Steps:
-        def __init__(self, iterable=None, total=None, **_):
-            self.items, self.total = iterable, total
-
-        def __iter__(self):
-            total = self.total or (len(self.items) if hasattr(self.items, "__len__") else 0)
-            for done, item in enumerate(self.items):
-                if total:
-                    progress(LoadProgress(done / total, f"Loading weights: {done} of {total} tensors"))
-                yield item
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            return None
-
-        def __getattr__(self, _):
-            return lambda *args, **kwargs: None
-
-    previous = transformers_logging.set_tqdm_hook(lambda _, args, kwargs: Steps(*args, **kwargs))
-    try:
-        yield
-    finally:
-        transformers_logging.set_tqdm_hook(previous)
-
-
-@contextmanager
 def _memory_errors(title: str, device: torch.device) -> Iterator[None]:
     """Turns an allocation that failed while loading into `OutOfMemoryError`."""
     try:
@@ -200,7 +169,7 @@ def _load_base(
     if stored in ("nf4", "fp4") and isinstance(config.quantization_config, dict):
         config.quantization_config["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
     try:
-        with _weight_steps(progress), _memory_errors(title, device):
+        with bars_as_progress(progress), _memory_errors(title, device):
             model, info = AutoModelForImageTextToText.from_pretrained(
                 resolved.folder,
                 config=config,
@@ -234,7 +203,8 @@ def _load_base(
             f"The weights of {title} lack {len(missing)} tensors, the first being {missing[0]}; "
             "fetch or save them again."
         )
-    quantize.dequantize_to(model, dtype)
+    if stored:
+        quantize.compute_in(model, dtype)
     return model.eval(), stored or resolved.choice.quantization
 
 

@@ -73,12 +73,15 @@ def stored_quantization(config) -> str | None:
     return str(stored.get("quant_method", "unknown"))
 
 
-def dequantize_to(model: nn.Module, dtype: torch.dtype) -> None:
-    """Makes 4-bit weights unpack straight to `dtype`.
+def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Brings a checkpoint that was stored quantized to `dtype`, which loading does for other checkpoints only.
 
-    A checkpoint remembers the dtype it was quantized from; unpacking to that one and casting afterwards would
-    cost a second pass over every weight at every token.
+    What is not quantized is cast. 4-bit weights will unpack straight to `dtype`: they remember the dtype that they
+    were quantized from, and unpacking to that one and casting would cost a second pass over every weight at every
+    token. Buffers keep their own precision.
     """
     for parameter in model.parameters():
         if isinstance(parameter, Params4bit) and parameter.quant_state is not None:
             parameter.quant_state.dtype = dtype
+        elif parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)

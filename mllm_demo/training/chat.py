@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from peft import get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Subset
@@ -77,6 +78,17 @@ def answer_loss(model, batch: dict[str, torch.Tensor], seen: dict[str, torch.Ten
     return functional.cross_entropy(logits, labels[wanted])
 
 
+def export(model: nn.Module) -> None:
+    """Writes the shipped files: tower and connector, and the adapter with its experts in float16."""
+    model.save_pretrained(ADAPTER)
+    file = ADAPTER / "adapter_model.safetensors"
+    (ADAPTER / "README.md").unlink()  # an empty form; the model card stands beside the folder
+    # A router's choice hangs on small differences, so routers keep their precision; they are a hundredth of it all.
+    state = {name: value if "router" in name else value.half() for name, value in load_file(file).items()}
+    save_file(state, file, metadata={"format": "pt"})
+    save_vision(model.base_model.model, VISION_FILE)
+
+
 def average_gradients(parameters: list[nn.Parameter], world: int) -> None:
     """One exchange between processes for all gradients together."""
     for parameter in parameters:
@@ -126,8 +138,7 @@ def main() -> None:
         step = state["step"]
         print(f"resumed at step {step}", flush=True)
     if options.export:
-        model.save_pretrained(ADAPTER)
-        save_vision(model.base_model.model, VISION_FILE)
+        export(model)
         return
 
     def save() -> None:

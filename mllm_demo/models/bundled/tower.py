@@ -45,6 +45,16 @@ def _padding(kernel: int, stride: int, size_hint: int = 2) -> tuple[int, int, in
     return (total // 2, total - total // 2, total // 2, total - total // 2)
 
 
+class Norm(nn.BatchNorm2d):
+    """Batch norm whose statistics may be stored in another dtype than the picture is computed in."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            return super().forward(x)
+        values = (self.running_mean, self.running_var, self.weight, self.bias)
+        return functional.batch_norm(x, *(value.to(x.dtype) for value in values), eps=self.eps)
+
+
 class ConvNorm(nn.Module):
     """Convolution with "SAME" padding, batch norm and an optional ReLU6."""
 
@@ -57,7 +67,7 @@ class ConvNorm(nn.Module):
             inputs, outputs, kernel, stride, self.pad[0] if symmetric else 0, groups=groups, bias=False
         )
         self.pad = None if symmetric else self.pad
-        self.norm = nn.BatchNorm2d(outputs, eps=config.batch_norm_eps, momentum=0.01)
+        self.norm = Norm(outputs, eps=config.batch_norm_eps, momentum=0.01)
         self.act = nn.ReLU6(inplace=True) if act else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

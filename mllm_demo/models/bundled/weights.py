@@ -14,20 +14,22 @@ import tempfile
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 from mllm_demo.chat.events import LoadProgress
 from mllm_demo.errors import CheckpointError, DemoError, LoadError
 from mllm_demo.models.bundled.assembly import assemble, make_processor
 from mllm_demo.models.bundled.fetch import WHEEL_SHA256, language_model
-from mllm_demo.models.fetching import Progress, default_cache_dir
+from mllm_demo.models.fetching import Progress, default_cache_dir, monotone
+from mllm_demo.models.progress import bars_as_progress
 from mllm_demo.models.quantize import bnb_config
 
 ASSETS = Path(__file__).resolve().parents[3] / "assets" / "bundled"
 VISION_FILE = ASSETS / "vision.safetensors"
 ADAPTER = ASSETS / "adapter"
 # The parts that stay in full precision: small, and trained as such.
-FULL_PRECISION = ("vision_tower", "multi_modal_projector", "lm_head")
+FULL_PRECISION = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
 LAYOUT_VERSION = 1  # raise when the saved folder changes shape
 
 
@@ -45,6 +47,7 @@ def prepare(quantization: str, cache_dir: Path | None, progress: Progress) -> Pa
 
     Nothing is fetched or computed when the folder exists; a half-made one never stays.
     """
+    progress = monotone(progress)
     cache = Path(cache_dir or default_cache_dir())
     target = cache / "bundled" / _key(quantization)
     if target.exists():
@@ -56,19 +59,22 @@ def prepare(quantization: str, cache_dir: Path | None, progress: Progress) -> Pa
 
     try:
         gguf = language_model(cache / "bundled", fetched)
-        progress(LoadProgress(0.6, "Reading the language model"))
-        processor = make_processor(gguf)
-        model = assemble(gguf, processor, VISION_FILE)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".part-") as folder:
+        with (
+            tempfile.TemporaryDirectory(dir=target.parent, prefix=".part-") as folder,
+            bars_as_progress(monotone(progress, 0.6, 0.8)),
+        ):
             full, ready = Path(folder) / "full", Path(folder) / "ready"
-            progress(LoadProgress(0.8, "Saving it"))
-            model.to(torch.bfloat16).save_pretrained(full)
+            processor = make_processor(gguf)
+            model = assemble(gguf, processor, VISION_FILE)
+            progress(LoadProgress(0.8, "Saving the language model joined to its eyes"))
+            _halve(model.model.language_model)
+            model.save_pretrained(full)
             del model
             gc.collect()
             if quantization == "none":
                 ready = full
             else:
-                progress(LoadProgress(0.85, f"Quantizing it to {quantization.upper()}, once"))
+                progress(LoadProgress(0.9, f"Quantizing it to {quantization.upper()}, once"))
                 _quantize(full, ready, quantization)
             processor.save_pretrained(ready)
             shutil.move(ready, target)
@@ -80,12 +86,20 @@ def prepare(quantization: str, cache_dir: Path | None, progress: Progress) -> Pa
     return target
 
 
+def _halve(language_model: nn.Module) -> None:
+    """Large matrices in bfloat16, what is small in float32, so that no norm or batch statistic is rounded."""
+    for module in language_model.modules():
+        if isinstance(module, nn.Linear | nn.Embedding) and module.weight.is_floating_point():
+            module.weight.data = module.weight.data.bfloat16()
+
+
 def _quantize(source: Path, target: Path, quantization: str) -> None:
     config = bnb_config(quantization, torch.bfloat16)
     config.llm_int8_skip_modules = list(FULL_PRECISION)
     model = LlavaForConditionalGeneration.from_pretrained(
-        source, quantization_config=config, dtype=torch.bfloat16, device_map={"": "cpu"}
+        source, quantization_config=config, dtype=torch.float32, device_map={"": "cpu"}
     )
+    _halve(model.model.language_model)
     model.save_pretrained(target)
 
 
