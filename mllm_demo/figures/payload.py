@@ -123,7 +123,7 @@ def _site(site: Site) -> dict:
 
 
 def _part(trace: RoutingTrace, start: int) -> dict:
-    """Positions `start`.. as columns; per site base64 of uint8 probs, uint16 selected, float32 weights."""
+    """Positions `start`.. as columns; per site base64 of uint16 probs (65535 is one) and selected, float32 weights."""
     tokens = trace.tokens[start:]
     places = [
         [offset, token.image_index, *(round(float(edge), 1) for edge in token.box or ())]
@@ -136,7 +136,7 @@ def _part(trace: RoutingTrace, start: int) -> dict:
         stop = (1 if start == 0 else start) if site.granularity == "sequence" else len(trace.tokens)
         rows = slice(start, stop)
         probs = np.asarray(trace.router_probs[site.name][rows], np.float32)
-        columns["probs"].append(_b64(np.rint(np.clip(probs, 0, 1) * 255).astype(np.uint8)))
+        columns["probs"].append(_b64(np.rint(np.clip(probs, 0, 1) * 65535).astype("<u2")))
         columns["selected"].append(_b64(np.asarray(trace.selected_experts[site.name][rows]).astype("<u2")))
         columns["weights"].append(_b64(np.asarray(trace.routing_weights[site.name][rows]).astype("<f4")))
     return {

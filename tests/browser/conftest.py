@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import expect, sync_playwright
 
 from mllm_demo.settings import Settings
 from mllm_demo.ui.page import ASSETS, build_page, launch_kwargs
@@ -92,6 +92,7 @@ def staged(assets):
 
 @pytest.fixture(scope="session")
 def chromium():
+    expect.set_options(timeout=ANSWER_MS)
     with sync_playwright() as playwright:
         flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-dev-shm-usage"]
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)

@@ -40,7 +40,7 @@ class Trace {
     for (const column of this.columns) for (const name in column) column[name].length = same;
     for (const part of payload.parts.slice(same)) this.append(part);
     this.arrays = this.columns.map((column) => ({
-      probs: joinArrays(Uint8Array, column.probs),
+      probs: joinArrays(Uint16Array, column.probs),
       selected: joinArrays(Uint16Array, column.selected),
       weights: joinArrays(Float32Array, column.weights),
     }));
@@ -61,7 +61,7 @@ class Trace {
       token.box = box.length ? box : null;
     }
     this.columns.forEach((column, s) => {
-      column.probs.push(new Uint8Array(decodeBytes(part.probs[s])));
+      column.probs.push(new Uint16Array(decodeBytes(part.probs[s])));
       column.selected.push(new Uint16Array(decodeBytes(part.selected[s])));
       column.weights.push(new Float32Array(decodeBytes(part.weights[s])));
     });
@@ -82,7 +82,7 @@ class Trace {
   probs(s, token) {
     const { experts } = this.sites[s];
     const at = this.row(s, token) * experts;
-    return Array.from(this.arrays[s].probs.subarray(at, at + experts), (value) => value / 255);
+    return Array.from(this.arrays[s].probs.subarray(at, at + experts), (value) => value / 65535);
   }
 
   // 0 (sure) to 1 (all experts alike).

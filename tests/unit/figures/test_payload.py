@@ -45,7 +45,7 @@ def test_every_number_arrives_within_what_eyes_can_tell():
     payload = json.loads(json.dumps(PayloadStream().update(trace, live=False)))
     for index, site in enumerate(trace.sites):
         np.testing.assert_allclose(
-            decoded(payload, index, "probs", np.uint8, 4) / 255, trace.router_probs[site.name], atol=1 / 255
+            decoded(payload, index, "probs", "<u2", 4) / 65535, trace.router_probs[site.name], atol=1e-5
         )
         np.testing.assert_array_equal(decoded(payload, index, "selected", "<u2", 2), trace.selected_experts[site.name])
         np.testing.assert_array_equal(
@@ -97,7 +97,7 @@ def test_one_choice_for_the_whole_conversation_is_one_row():
     stream = PayloadStream()
     stream.update(make_trace([" a"], granularity="sequence"), live=True)
     payload = stream.update(make_trace([" a", " b"], granularity="sequence"), live=False)
-    assert decoded(payload, 0, "probs", np.uint8, 4).shape == (1, 4)
+    assert decoded(payload, 0, "probs", "<u2", 4).shape == (1, 4)
     assert payload["sites"][0]["granularity"] == "sequence"
 
 
