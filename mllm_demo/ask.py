@@ -41,8 +41,12 @@ def parse(
     arguments = parser.parse_args(argv)
     if not arguments.question.strip():
         raise SettingsError("The question is empty; put it in quotes after the flags.")
-    if arguments.trace is not None and not arguments.trace.expanduser().parent.is_dir():
-        raise SettingsError(f"The folder of --trace {arguments.trace} does not exist; make it first.")
+    if arguments.trace is not None:
+        trace = arguments.trace.expanduser()
+        if not trace.parent.is_dir():
+            raise SettingsError(f"The folder of --trace {arguments.trace} does not exist; make it first.")
+        if trace.is_dir():
+            raise SettingsError(f"--trace {arguments.trace} is a folder; add the name of a file in it.")
     return settings_from(arguments), arguments.question, arguments.image, arguments.trace
 
 
@@ -83,13 +87,14 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.envi
             progress(step)
     finally:
         progress.close()
+    # Said before the answer, which may take minutes.
+    if trace_file is not None and not engine.status().has_routing:
+        raise TraceError("This model has no routed adapter, so there is no trace to save; leave out --trace.")
     finished = answer(engine, settings, Message("user", (*pictures, question)))
     print(f"{finished.new_tokens} tokens, {finished.tokens_per_s:.1f} tokens/s", file=sys.stderr)
     if trace_file is not None:
         if finished.trace is None:
-            raise TraceError(
-                "This model has no routed adapter, so there is no trace to save; leave out --trace."
-            )
+            raise TraceError("The answer was stopped before it had a trace; ask again.")
         print(f"Routing saved to {finished.trace.save(trace_file.expanduser())}", file=sys.stderr)
 
 

@@ -3,6 +3,7 @@
 A start that finds everything in the cache touches no network. It knows nothing of tensors or devices.
 """
 
+import errno
 import hashlib
 import io
 import os
@@ -97,6 +98,12 @@ def digest(folder: Path) -> str:
 
 def _from_hub(name: str, patterns: tuple[str, ...], cache_dir: Path, progress: Progress) -> Files:
     """The snapshot of hub repository `name`; raises `DownloadError`."""
+    try:
+        (cache_dir / "hub").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DownloadError(
+            f"Could not write to {cache_dir} ({error.strerror}); choose another --cache-dir."
+        ) from error
     wanted = {
         "cache_dir": cache_dir / "hub",
         "allow_patterns": list(patterns),
@@ -116,6 +123,10 @@ def _from_hub(name: str, patterns: tuple[str, ...], cache_dir: Path, progress: P
                 f"The hub has no {name}; check the spelling, or give a local folder."
             ) from error
         except Exception as error:  # the exceptions of the client's HTTP library differ between its versions
+            if getattr(error, "errno", None) == errno.ENOSPC:
+                raise DownloadError(
+                    f"The disk is full: {name} does not fit in {cache_dir}; make room or choose another --cache-dir."
+                ) from error
             raise DownloadError(
                 f"{name} could not be fetched from the hub; check the network, or give a local folder instead."
             ) from error
