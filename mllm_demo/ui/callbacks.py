@@ -30,7 +30,7 @@ from mllm_demo.ui.sessions import Sessions
 log = logging.getLogger(__name__)
 
 POLL_S = 0.3
-MIN_UPDATE_S = 0.05
+MIN_UPDATE_S = 0.1
 SLOW_TICK_S = 20.0
 FAST_TICK_S = 1.0
 # What one answer event updates, in this order: input, chat, view, status, download, notice.
@@ -264,7 +264,7 @@ def _read_upload(path: str, name: str, *, max_bytes: int, max_pixels: int):
 
 def redraw_s(stream: PayloadStream) -> float:
     """Seconds between two drawings of a growing trace: heavy ones keep the browser busy for longer."""
-    return 0.3 + stream.num_bytes / 1e6
+    return 0.4 + stream.num_bytes / 1e6
 
 
 def _key(request: gr.Request) -> str:

@@ -10,6 +10,8 @@ function createRoutingView(element, props, watch) {
   let playing = null;
   let picked = false;
   let rgb = [];
+  let due = null;
+  let free = 0;
 
   const view = {
     trace: null, token: 0, layer: 0, router: "", mode: "expert",
@@ -219,13 +221,24 @@ function createRoutingView(element, props, watch) {
     views.forEach((one) => one.rebuild(from));
   }
 
+  // Draws the newest value, and on a slow machine seldom enough that clicks still get through.
+  function showSoon() {
+    if (due) return;
+    due = setTimeout(() => {
+      const start = performance.now();
+      due = null;
+      show(props.value);
+      free = performance.now() + 3 * (performance.now() - start);
+    }, Math.max(0, free - performance.now()));
+  }
+
   readTheme();
   slider.oninput = () => view.select({ layer: Number(slider.value) });
   play.onclick = () => togglePlay(!playing);
   new MutationObserver(() => { readTheme(); if (view.trace) repaint(); })
     .observe(document.body, { attributes: true, attributeFilter: ["class"] });
   new ResizeObserver(() => { if (view.trace) layers.rebuild(); }).observe(find(".rv-map"));
-  watch("value", () => show(props.value));
+  watch("value", showSoon);
   show(props.value);
 }
 

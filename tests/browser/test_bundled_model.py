@@ -1,0 +1,37 @@
+"""The bundled model itself behind the page: it answers its examples rightly, and stops when told to."""
+
+import re
+
+import pytest
+from playwright.sync_api import expect
+
+from tests.browser import looking
+from tests.browser.conftest import ENGINE
+
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(ENGINE != "real", reason="needs the bundled model")]
+
+
+def test_the_status_line_tells_what_runs_and_how_much_of_it_is_in_4_bit(visit, url):
+    status = visit(url).get_by_role("status", name="Model")
+    expect(status).to_contain_text("nf4")
+    expect(status).to_contain_text("% of the weights in 4 bit")
+    expect(status).to_contain_text("CPU")
+
+
+@pytest.mark.parametrize(
+    ("example", "said"), [("What is this?", "rabbit"), ("How many fish", "3"), ("What colour is the star?", "red")]
+)
+def test_it_answers_its_examples(visit, url, example, said):
+    page = visit(url)
+    page.get_by_role("button", name=re.compile("Select example")).filter(has_text=example).click()
+    looking.wait_for_answer(page)
+    expect(looking.answers(page).last).to_contain_text(said)
+
+
+def test_stop_ends_a_long_answer_early(visit, url):
+    page = visit(url)
+    looking.ask(page, "Write a long story about a ship on the sea.")
+    expect(looking.answers(page).last).to_have_text(re.compile(r"\w+ \w+"))
+    page.get_by_role("button", name="Stop").click()
+    looking.wait_for_answer(page)
+    expect(page.get_by_text("You stopped this answer.")).to_be_visible()
