@@ -101,7 +101,8 @@ def main() -> None:
         guessed = [is_right(question, reply) for (_, question), reply in zip(made, blind, strict=True)]
         low, high = interval(sum(right), len(made))
         table[task] = {
-            "right": round(np.mean(right), 3), "low": low, "high": high, "blind": round(np.mean(guessed), 3),
+            "right": round(sum(right) / len(made), 3), "low": low, "high": high,
+            "blind": round(sum(guessed) / len(made), 3),
             "items": len(made),
         }  # fmt: skip
         print(f"{task:10} {table[task]}  {time.monotonic() - began:.0f} s", flush=True)

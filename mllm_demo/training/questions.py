@@ -198,8 +198,8 @@ def ask(rng: np.random.Generator, scene: Scene, task: str, held_out: bool = Fals
 
 def ask_all(rng: np.random.Generator, scene: Scene, most: int) -> list[Question]:
     """Up to `most` different questions in random order, as the turns of one conversation."""
-    # Colour and shape fit few scenes, so where they fit they are asked first, and more than once.
-    rare = ["colour", "shape"] * 2 + ["presence", "counting"]
+    # Colour and shape fit few scenes, and counting is slow to learn: they are asked first, and more than once.
+    rare = ["colour", "shape", "presence", "counting", "counting"]
     tasks = [str(task) for task in (*rng.permutation(rare), *rng.permutation(list(_MAKERS)))]
     questions: dict[str, Question] = {}
     for task in tasks:

@@ -19,7 +19,7 @@ COLOURS = {
 SHAPES = ("circle", "square", "triangle", "star")
 MAX_COUNT = 4
 # How often each kind of picture is drawn, and the largest number of letters a word has.
-KINDS = {"single": 0.18, "same": 0.18, "objects": 0.16, "shapes": 0.24, "word": 0.18, "mixed": 0.06}
+KINDS = {"single": 0.1, "same": 0.27, "objects": 0.16, "shapes": 0.29, "word": 0.12, "mixed": 0.06}
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
