@@ -1,12 +1,13 @@
 """The page on a free port and Chromium to look at it.
 
-`MLLM_TEST_ENGINE` chooses what answers: "real", the bundled model, or "fake", words without a model. Tests that
-need a staged state (failing, slow, loading) always use the fake one.
+`MLLM_TEST_ENGINE` chooses what answers: "real", the bundled model (default), or "fake", words without a
+model. Tests that need a staged state (failing, slow, loading) always use the fake one.
 """
 
 import io
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,11 @@ from mllm_demo.settings import Settings
 from mllm_demo.ui.page import ASSETS, build_page, launch_kwargs
 from tests.browser.fake_engine import FakeEngine, picture_png, sample_trace
 
-ENGINE = os.environ.get("MLLM_TEST_ENGINE", "fake")
-CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
+# The names under which `install_browser.sh` looks for it.
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+ENGINE = os.environ.get("MLLM_TEST_ENGINE", "real")
+CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), "chromium")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-dev-shm-usage"]
 ANSWER_MS = 30_000 if ENGINE == "fake" else 240_000
 QUESTIONS = ("What is in the picture?", "What colour is the circle?", "How many shapes are there?")
 
@@ -56,7 +60,7 @@ def assets(tmp_path_factory):
     return folder
 
 
-def serve(engine, assets):
+def serve(engine, assets=ASSETS):
     """Starts a page; returns `(url, close)`."""
     settings = Settings()
     page = build_page(engine, settings, assets)
@@ -94,8 +98,7 @@ def staged(assets):
 def chromium():
     expect.set_options(timeout=ANSWER_MS)
     with sync_playwright() as playwright:
-        flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-dev-shm-usage"]
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield browser
         browser.close()
 
