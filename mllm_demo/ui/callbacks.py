@@ -66,7 +66,6 @@ class Callbacks:
             status_line(status),
             self.tick(),
             self._sample_download(),
-            *self._overview(self._sample),
         )
 
     def closed(self, request: gr.Request) -> None:
@@ -124,7 +123,7 @@ class Callbacks:
 
     def cleared(self, request: gr.Request) -> tuple:
         self.sessions.forget(_key(request))
-        return self._sample_payload, self._sample_download(), "", *self._overview(self._sample)
+        return self._sample_payload, self._sample_download(), "", *self.sample_overview()
 
     def stopped(self, request: gr.Request) -> None:
         self.sessions.stop(_key(request))
@@ -229,6 +228,9 @@ class Callbacks:
 
     def overview(self, request: gr.Request) -> tuple:
         return self._overview(self.sessions.trace(_key(request)))
+
+    def sample_overview(self) -> tuple:
+        return self._overview(self._sample)
 
     def _overview(self, trace: RoutingTrace | None) -> tuple:
         """Expert load and modality share of the first routers that choose per token; None when there are none."""

@@ -43,7 +43,8 @@ def build_page(engine: Engine, settings: Settings, assets: Path = ASSETS) -> gr.
                     with gr.Tab("Routing"):
                         view = routing_view({})
                     with gr.Tab("Overview"):
-                        plots = [gr.Plot(show_label=False, container=False), gr.Plot(show_label=False, container=False)]
+                        # Values from the start: an update that meets a tab while it opens would be lost.
+                        plots = [gr.Plot(figure, show_label=False, container=False) for figure in do.sample_overview()]
                 with gr.Row(elem_id="files"):
                     download = gr.DownloadButton(words.DOWNLOAD_TRACE, size="sm", interactive=False, min_width=130)
                     opener = gr.UploadButton(words.OPEN_TRACE, size="sm", file_types=[".safetensors"], min_width=130)
@@ -68,7 +69,7 @@ def build_page(engine: Engine, settings: Settings, assets: Path = ASSETS) -> gr.
         )
         load.click(do.load, model, [progress, status, notice], **long)
         timer.tick(do.refreshed, None, [status, timer], queue=False, **hidden)
-        page.load(do.opened, None, [view, status, timer, download, *plots], queue=False, **hidden)
+        page.load(do.opened, None, [view, status, timer, download], queue=False, **hidden)
         page.unload(do.closed)
     return page
 
