@@ -17,11 +17,11 @@ SEED, SIZE = 11, 448
 # (number of the picture, file name, question)
 CHOSEN = (
     (35, "rabbit", "What is this?"),
-    (50, "fish", "How many fish are there?"),
+    (63, "balls", "How many balls are there?"),
     (16, "shapes", "What colour is the star?"),
     (33, "things", "What can you see?"),
-    (51, "cash", "What does it say?"),
-    (7, "night", "Is there a duck?"),
+    (6, "way", "What does it say?"),
+    (7, "night", "Is there a house?"),
 )
 
 
