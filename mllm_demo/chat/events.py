@@ -74,7 +74,7 @@ class LoadProgress:
 class EngineStatus:
     """What is loaded. `state`: "empty", "loading", "ready" or "failed" (then `error` says why).
 
-    `four_bit_share`: bytes held in 4 bit / bytes of all weights, counted from the tensors themselves;
+    `four_bit_share`: weights held in 4 bit / all weights, counted from the tensors themselves;
     `memory_bytes`: what the weights take on `device`.
     """
 

@@ -29,12 +29,12 @@ def prompt_tokens(
     special = _special_ids(processor.tokenizer)
     between = {position for first, last in spans for position in range(first, last)}
     texts = token_texts(processor.tokenizer, ids)
-    owners = roles(processor, messages, ids, image_id, spans)
+    owners, markup = roles(processor, messages, ids, image_id, spans)
     return tuple(
         Token(
             id=number,
             text=texts[position],
-            modality=_modality(position in found, number in special or position in between),
+            modality=_modality(position in found, number in special or position in between or position in markup),
             role=owners[position],
             phase="prefill",
             image_index=found[position].image_index if position in found else None,

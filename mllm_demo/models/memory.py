@@ -37,8 +37,8 @@ class Footprint:
 
     @property
     def four_bit_share(self) -> float:
-        """Bytes held in 4 bit / bytes of all weights, 0 to 1."""
-        return self.four_bit_bytes / self.memory_bytes if self.memory_bytes else 0.0
+        """Weights (values) held in 4 bit / all weights, 0 to 1."""
+        return 2 * self.four_bit_bytes / self.parameters if self.parameters else 0.0
 
 
 def _statistics(parameter: Params4bit) -> Iterator[torch.Tensor]:

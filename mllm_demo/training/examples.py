@@ -16,9 +16,9 @@ from mllm_demo.training.scenes import HELD_OUT, render
 SEED, SIZE = 11, 448
 # (number of the picture, file name, question)
 CHOSEN = (
-    (35, "rabbit", "What is this?"),
+    (46, "cow", "What is this?"),
     (63, "balls", "How many balls are there?"),
-    (16, "shapes", "What colour is the star?"),
+    (55, "shapes", "What colour is the circle?"),
     (33, "things", "What can you see?"),
     (6, "way", "What does it say?"),
     (7, "night", "Is there a house?"),

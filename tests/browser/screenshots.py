@@ -37,7 +37,7 @@ def main() -> None:
             page.get_by_role("region", name="Routing").wait_for()
             looking.ask_example(page)
             page.wait_for_timeout(1500)  # the last picture of a tab's transition
-            page.screenshot(path=FOLDER / f"{name}.png", full_page=name == "narrow")
+            page.screenshot(path=FOLDER / f"{name}.png", full_page=name != "dark")
             if name == "answer":
                 page.get_by_role("tab", name="Overview").click()
                 page.wait_for_timeout(2500)  # plotly draws

@@ -1,4 +1,4 @@
-"""Whose message each position of a prompt belongs to.
+"""Whose message each position of a prompt belongs to, and which positions only the template wrote.
 
 The chat template is rendered for the messages up to each one; where those texts end, the role changes.
 The text has one placeholder a picture and the prompt many tokens, so the tokens of the text are then found
@@ -23,8 +23,8 @@ def roles(
     ids: Sequence[int],
     placeholder: int | None,
     spans: Sequence[tuple[int, int]],
-) -> list[str]:
-    """One role per position of `ids`.
+) -> tuple[list[str], set[int]]:
+    """One role per position of `ids`, and the positions of markup: what stands around the messages' own content.
 
     `placeholder`: the id of image tokens. `spans`: first and last position of each picture's tokens, in
     order; empty when they are not known, which only makes the search slower.
@@ -35,7 +35,7 @@ def roles(
     try:
         text, starts = _starts(processor, messages)
     except _TEMPLATE_ERRORS:
-        return ["user"] * len(ids)
+        return ["user"] * len(ids), set()
     tokenizer = processor.tokenizer
     short, offsets = _tokenize(tokenizer, text)
     where = _positions(short, list(ids), placeholder, spans)
@@ -52,7 +52,25 @@ def roles(
         else:
             position = where[token]
         found[position:] = [role] * (len(ids) - position)
-    return found
+    said = _said(text, messages)
+    markup = {
+        position
+        for number, offset, position in zip(short, offsets, where, strict=True)
+        if number != placeholder and said and not any(start <= offset < end for start, end in said)
+    }
+    return found, markup
+
+
+def _said(text: str, messages: Conversation) -> list[tuple[int, int]]:
+    """(first character, end) of every text of `messages` in the prompt; empty if one of them is not found."""
+    spans, end = [], 0
+    for part in (part for message in messages for part in message.content if isinstance(part, str) and part.strip()):
+        start = text.find(part.strip(), end)  # some templates strip what was said
+        if start < 0:
+            return []
+        end = start + len(part.strip())
+        spans.append((start, end))
+    return spans
 
 
 def _starts(processor, messages: Conversation) -> tuple[str, list[tuple[str, int]]]:

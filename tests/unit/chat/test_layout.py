@@ -327,7 +327,7 @@ def test_an_unknown_processor_does_not_guess_between_pictures_that_touch():
 def test_rows_between_tiles_are_not_the_person_s_words():
     _, _, tokens = read(PROCESSORS["smolvlm"](), Message("user", (picture(300, 170), "a\nb")))
     written = "".join(token.text for token in tokens if token.modality == "text")
-    assert written == "system:Be kind.\nuser:a\nb\nassistant:"
+    assert written == "a\nb"
 
 
 def roles_of(tokens) -> list[tuple[str, str]]:

@@ -70,7 +70,7 @@ def test_four_bit_weights_give_nearly_the_same_answer(checkpoint):
 def test_the_loaded_model_tells_the_truth_about_itself(checkpoint, lora):
     loaded = load(checkpoint, lora, "nf4")
     footprint = memory.measure(loaded.model)
-    assert loaded.four_bit_share == footprint.four_bit_bytes / footprint.memory_bytes
+    assert loaded.four_bit_share == 2 * footprint.four_bit_bytes / footprint.parameters
     assert 0 < loaded.four_bit_share < 1
     assert (loaded.memory_bytes, loaded.parameters) == (footprint.memory_bytes, footprint.parameters)
     assert loaded.context_length == loaded.model.config.text_config.max_position_embeddings
