@@ -29,6 +29,8 @@ DELETE_CACHE_EVERY_S, DELETE_CACHE_AFTER_S = 900, 6 * 3600
 def build_page(engine: Engine, settings: Settings, assets: Path = ASSETS) -> gr.Blocks:
     """The whole page around `engine`. `assets` may hold `examples/examples.json` and a sample trace."""
     do = Callbacks(engine, settings, _sample(assets / SAMPLE))
+    # Served from where they lie: copies in Gradio's cache vanish when another program on this machine clears it.
+    gr.set_static_paths([assets / "examples"])
     with gr.Blocks(
         title=words.PAGE_TITLE, analytics_enabled=False, delete_cache=(DELETE_CACHE_EVERY_S, DELETE_CACHE_AFTER_S)
     ) as page:
