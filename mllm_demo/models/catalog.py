@@ -46,7 +46,7 @@ class CatalogueEntry:
 CATALOGUE = (
     CatalogueEntry(
         DEFAULT_MODEL,
-        "Tessera (bundled)",
+        "Tessera",
         None,
         parameters=140,
         unquantized=34,

@@ -124,7 +124,7 @@ def fetch(choice: ModelChoice, cache_dir: Path | None, progress: Progress) -> Re
         files = fetching.Files(folder, fetching.digest(folder))
         if adapter is None:
             adapter = fetching.fetch_adapter(str(bundled_weights.ADAPTER), cache_dir, progress)
-            adapter_name = entry.name
+            adapter_name = f"{entry.name} adapter"
     else:
         files = fetching.fetch_descriptions(source, cache_dir, monotone(progress, 0.05, 0.1))
         _check_memory(files.folder, _read_config(files.folder, title), title, choice.quantization, device)
