@@ -14,7 +14,7 @@ ROLES = ("system", "user", "assistant")
 
 @dataclass(frozen=True)
 class Picture:
-    """A decoded, safe picture: `png` holds RGB, upright, `width` x `height` pixels of the original."""
+    """A decoded, safe picture: `png` holds RGB, upright, `width` x `height` pixels."""
 
     png: bytes
     width: int

@@ -35,9 +35,9 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_processor(gguf: Path, vision: TesseraVisionConfig | None = None) -> LlavaProcessor:
+def make_processor(gguf: Path) -> LlavaProcessor:
     """Tokenizer from the language model's own file, one new image token, and a square resize of the picture."""
-    vision = vision or TesseraVisionConfig()
+    vision = TesseraVisionConfig()
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
     tokenizer.chat_template = CHAT_TEMPLATE
@@ -104,8 +104,7 @@ def save_vision(model, path: Path) -> None:
 
 def load_vision(model, path: Path) -> None:
     state = load_file(path)
-    wanted = vision_state(model)
-    if state.keys() != wanted.keys():
-        odd = sorted(state.keys() ^ wanted.keys())[0]
+    if odd_keys := state.keys() ^ vision_state(model).keys():
+        odd = min(odd_keys)
         raise CheckpointError(f"{path.name} is not the bundled model's vision file: {odd} is missing or unexpected.")
-    model.load_state_dict({k: v.to(wanted[k].dtype) for k, v in state.items()}, strict=False)
+    model.load_state_dict(state, strict=False)

@@ -39,9 +39,9 @@ class TesseraVisionConfig(PretrainedConfig):
     hidden_size: int = 4 * STAGES[FINE_STAGE][1] + STAGES[-1][1]
 
 
-def _padding(kernel: int, stride: int, size_hint: int = 2) -> tuple[int, int, int, int]:
-    """TensorFlow's "SAME" padding for even inputs: with stride 2 the extra row goes to the end."""
-    total = kernel - stride if stride == size_hint else kernel - 1
+def _padding(kernel: int, stride: int) -> tuple[int, int, int, int]:
+    """TensorFlow's "SAME" padding of sizes that the stride divides; where it is uneven, the extra row is the last."""
+    total = kernel - stride
     return (total // 2, total - total // 2, total // 2, total - total // 2)
 
 
