@@ -1,10 +1,7 @@
-"""Records what every MoE-LoRA router of a model decides, while the model reads and answers.
+"""Records what every router of a model decides, while the model reads and answers.
 
-It finds routers by type and only listens: the tokens that come out are the same with and without it, and the
-KV cache stays in use. It knows nothing of text, pictures or pages; `trace` is given the tokens.
-
-Routers of a vision tower or connector see patches of pictures, not positions of the sequence, and are called
-for the prompt only; they are not recorded.
+It hears the routers that `readers` finds and only listens: the tokens that come out are the same with and without
+it, and the KV cache stays in use. It knows nothing of text, pictures or pages; `trace` is given the tokens.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,15 +9,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from mllm_demo.errors import TraceError
-from mllm_demo.moe_lora import MoeLoraRouter, RouterOutput
+from mllm_demo.routing.readers import Decision, Listener, listeners
 from mllm_demo.routing.trace import RoutingTrace, Site, Token, TraceImage
 
 _FIRST_CAPACITY = 256
-_BESIDE_THE_SEQUENCE = ("vision", "connector")
 
 
 class RoutingTap:
@@ -46,11 +41,11 @@ class RoutingTap:
         self._reset()
 
     def _reset(self) -> None:
-        self._routers = _active_routers(self._root)
-        self.sites: tuple[Site, ...] = tuple(site for site, _ in self._routers)
+        self._listeners = listeners(self._root)
+        self.sites: tuple[Site, ...] = tuple(listener.site for listener in self._listeners)
         self.positions = 0
         self._groups = _groups(self.sites)
-        self._pending: dict[str, RouterOutput] = {}
+        self._pending: dict[str, Decision] = {}
         self._length: int | None = None
         self._hole: str | None = None
 
@@ -61,8 +56,9 @@ class RoutingTap:
         try:
             self._handles.append(self._root.register_forward_pre_hook(self._begin, with_kwargs=True))
             self._handles.append(self._root.register_forward_hook(self._end))
-            for site, router in self._routers:
-                self._handles.append(router.register_forward_hook(self._listener(site)))
+            for listener in self._listeners:
+                hook = self._hook(listener)
+                self._handles.append(listener.module.register_forward_hook(hook, with_kwargs=True))
         except BaseException:
             self._remove()
             raise
@@ -89,11 +85,13 @@ class RoutingTap:
                 self._length = value.shape[1]
                 return
 
-    def _listener(self, site: Site):
-        def listen(module: nn.Module, args: tuple, output) -> None:
-            if site.name in self._pending:
-                self._miss(f"router {site.name!r} reported twice for position {self.positions}.")
-            self._pending[site.name] = output
+    def _hook(self, listener: Listener):
+        name = listener.site.name
+
+        def listen(module: nn.Module, args: tuple, kwargs: Mapping, output: object) -> None:
+            if name in self._pending:
+                self._miss(f"router {name!r} reported twice for position {self.positions}.")
+            self._pending[name] = listener.read(args, kwargs, output)
 
         return listen
 
@@ -127,7 +125,7 @@ class RoutingTap:
         are not as many as the positions.
         """
         if not self.sites:
-            raise TraceError("this model has no MoE-LoRA router, so there is no routing to show.")
+            raise TraceError("this model has no router, so there is no routing to show.")
         if self._hole is not None:
             raise TraceError(self._hole)
         if len(tokens) != self.positions:
@@ -142,40 +140,6 @@ class RoutingTap:
         )
 
 
-def _active_routers(root: nn.Module) -> list[tuple[Site, MoeLoraRouter]]:
-    """Routers that serve positions of the sequence and whose adapter is switched on, in model order.
-
-    Only when several adapters are active at once does a site's name end in its adapter's.
-    """
-    active = {
-        adapter
-        for module in root.modules()
-        if isinstance(module, BaseTunerLayer) and not module.disable_adapters
-        for adapter in module.active_adapters
-    }
-    routers = [
-        module
-        for module in root.modules()
-        if isinstance(module, MoeLoraRouter)
-        and module.adapter_name in active
-        and module.block not in _BESIDE_THE_SEQUENCE
-    ]
-    several = len({router.adapter_name for router in routers}) > 1
-    return [(_site(router, several), router) for router in routers]
-
-
-def _site(router: MoeLoraRouter, several_adapters: bool) -> Site:
-    return Site(
-        name=f"{router.site_name}.{router.adapter_name}" if several_adapters else router.site_name,
-        layer_idx=router.layer_idx,
-        block=router.block,
-        num_experts=router.num_experts,
-        num_experts_per_tok=router.num_experts_per_tok,
-        granularity=router.granularity,
-        has_shared_expert=router.has_shared_expert,
-    )
-
-
 @dataclass
 class _Group:
     """Sites of the same width, in arrays that grow by doubling.
@@ -187,7 +151,7 @@ class _Group:
     sites: list[Site]
     values: list[np.ndarray]
 
-    def append(self, outputs: Sequence[RouterOutput], length: int, start: int) -> None:
+    def append(self, outputs: Sequence[Decision], length: int, start: int) -> None:
         """`outputs`: one per site, each for `length` positions or for one that stands for them all."""
 
         def stacked(name: str) -> torch.Tensor:

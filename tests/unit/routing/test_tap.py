@@ -271,7 +271,7 @@ def test_a_model_without_routers_has_no_sites_and_no_trace(model):
     with RoutingTap(model) as tap, torch.no_grad():
         model(input_ids=PROMPT)
         assert tap.sites == () and tap.positions == 7
-        with pytest.raises(TraceError, match="no MoE-LoRA router"):
+        with pytest.raises(TraceError, match="this model has no router"):
             tap.trace(tokens(7))
 
 
