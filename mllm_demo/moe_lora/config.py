@@ -14,7 +14,11 @@ SHARED_EXPERT_WEIGHTINGS = ("constant", "complement")
 ROUTER_INPUTS = ("hidden", "prompt_mean")
 ROUTER_SCOPES = ("module", "block", "layer", "model")
 GRANULARITIES = ("token", "sequence", "modality")
-ROUTER_NORMS = ("rms", "none")
+ROUTER_NORMS = ("rms", "rms_weighted", "none")
+SOFTMAX_DTYPES = ("float32", "float16")
+ADAPTER_DTYPES = ("float32", "model")
+DECODE_CHOICES = ("kept", "recomputed")
+PROMPT_REGIONS = ("prompt", "first_user_turn")
 
 
 class MoeLoraType(str, enum.Enum):
@@ -40,7 +44,7 @@ class MoeLoraConfig(PeftConfig):
         use_shared_expert (`bool`): Whether one more expert serves every token.
         shared_expert_weighting (`str`):
             "constant": the shared expert is weighted 1. "complement" (Awaker2.5-VL): with w = max_e g_e the
-            adapter's output is w * sum_e g_e E_e(x) + (1 - w) * E_shared(x).
+            adapter's output is w * sum_e g_e E_e(x) + (1 - w) * E_shared(x); with k = 1 that is g^2 E_e(x).
         norm_topk_prob (`bool`):
             Whether the k chosen weights are divided by their sum. With k = 1 this makes the weight 1, so that
             only the balance loss trains the router.
@@ -52,6 +56,13 @@ class MoeLoraConfig(PeftConfig):
         router_input (`str`):
             What the router reads. "hidden": the input of the first-executed module that shares it.
             "prompt_mean": the mean of the prompt's input embeddings; every choice is then one per sequence.
+        prompt_region (`str`):
+            Whose embeddings that mean is of. "prompt": every token of the prompt. "first_user_turn"
+            (Awaker2.5-VL): only those that `routing_context(prompt_mask=...)` names, which must be stated.
+        decode_choice (`str`):
+            With "prompt_mean", what serves the tokens decoded with a KV cache. "kept": the prompt's choice.
+            "recomputed" (Awaker2.5-VL): a choice from the token embeddings alone, in which pictures and
+            videos are the embeddings of their placeholders; and at prefill videos are that already.
         router_scope (`str`):
             What shares one router: each "module", the "block" (modules of one parent module: attention, MLP),
             the decoder "layer", or the whole "model" (one router per stack of layers).
@@ -61,9 +72,16 @@ class MoeLoraConfig(PeftConfig):
         num_modalities (`int`): Number of modality ids.
         router_temperature (`float`): Divides the logits; above 0.
         router_noise_std (`float`): Standard deviation of gaussian noise on the logits, in training mode only.
-        router_norm (`str`): "rms" (no weights) or "none"; applied to the router's input.
+        router_norm (`str`):
+            Applied to the router's input: "rms" (no weights), "rms_weighted" (weights, eps 1e-6) or "none".
         router_bias (`bool`): Whether the router has a bias.
+        router_softmax_dtype (`str`):
+            "float32" or "float16" (Awaker2.5-VL): what the logits are cast to, softmax, top-k and 1 - w are
+            computed in.
         router_aux_loss_coef (`float`): What the caller multiplies `MoeLoraModel.router_aux_loss()` by.
+        adapter_dtype (`str`):
+            What experts and routers are kept and multiplied in: "float32", or the "model"'s own. Plain LoRA
+            is float32 either way.
         init_lora_weights (`bool`): True: A as in LoRA, B zeros. False: B small and random (for tests).
     """
 
@@ -93,13 +111,17 @@ class MoeLoraConfig(PeftConfig):
         default=None, metadata={"help": "Modules trained and saved whole."}
     )
     router_input: str = field(default="hidden", metadata={"help": "'hidden' or 'prompt_mean'."})
+    prompt_region: str = field(default="prompt", metadata={"help": "'prompt' or 'first_user_turn'."})
+    decode_choice: str = field(default="kept", metadata={"help": "'kept' or 'recomputed'."})
     router_scope: str = field(default="module", metadata={"help": "'module', 'block', 'layer' or 'model'."})
     granularity: str = field(default="token", metadata={"help": "'token', 'sequence' or 'modality'."})
     num_modalities: int = field(default=2, metadata={"help": "Number of modality ids."})
     router_temperature: float = field(default=1.0, metadata={"help": "Divides the router's logits."})
     router_noise_std: float = field(default=0.0, metadata={"help": "Noise on the logits while training."})
-    router_norm: str = field(default="rms", metadata={"help": "'rms' or 'none', on the router's input."})
+    router_norm: str = field(default="rms", metadata={"help": "'rms', 'rms_weighted' or 'none'."})
     router_bias: bool = field(default=False, metadata={"help": "Give the router a bias."})
+    router_softmax_dtype: str = field(default="float32", metadata={"help": "'float32' or 'float16'."})
+    adapter_dtype: str = field(default="float32", metadata={"help": "'float32' or 'model'."})
     router_aux_loss_coef: float = field(default=0.01, metadata={"help": "Weight of the balance loss."})
     init_lora_weights: bool = field(
         default=True, metadata={"help": "B zeros (True) or small random (False)."}
@@ -144,8 +166,16 @@ class MoeLoraConfig(PeftConfig):
             ("router_scope", ROUTER_SCOPES),
             ("granularity", GRANULARITIES),
             ("router_norm", ROUTER_NORMS),
+            ("router_softmax_dtype", SOFTMAX_DTYPES),
+            ("adapter_dtype", ADAPTER_DTYPES),
+            ("decode_choice", DECODE_CHOICES),
+            ("prompt_region", PROMPT_REGIONS),
         ):
             self._require(getattr(self, name) in allowed, name, "one of " + ", ".join(map(repr, allowed)))
+        if self.router_input != "prompt_mean":
+            for name in ("decode_choice", "prompt_region"):
+                default = type(self).__dataclass_fields__[name].default
+                self._require(getattr(self, name) == default, name, f"{default!r} unless router_input='prompt_mean'")
         if self.granularity == "modality":
             self._require(
                 self.num_modalities >= 2, "num_modalities", "at least 2 with granularity='modality'"

@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .config import MoeLoraConfig
+from .four_bit import is_four_bit, linear
 from .router import RouterSite
 
 MERGE_REFUSED = (
@@ -34,9 +35,16 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("lora_A", "lora_B", "lora_router")
     # PEFT looks it up in every forward; found on the class, it costs nothing.
     cast_input_dtype_enabled = True
-    other_param_names = ("r", "scaling", "num_experts", "dropout_p", "router_sites")
+    other_param_names = ("r", "scaling", "num_experts", "dropout_p", "kept_dtype", "router_sites")
 
-    def __init__(self, base_layer: nn.Linear, adapter_name: str, config: MoeLoraConfig, plain: bool) -> None:
+    def __init__(
+        self,
+        base_layer: nn.Linear,
+        adapter_name: str,
+        config: MoeLoraConfig,
+        plain: bool,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
@@ -44,6 +52,7 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         self.num_experts: dict[str, int] = {}  # routed ones; 0 in a plain module
         self.dropout_p: dict[str, float] = {}
+        self.kept_dtype: dict[str, torch.dtype | None] = {}  # None: as PEFT keeps adapters
         self.router_sites: dict[str, RouterSite] = {}
         self.lora_A = nn.ParameterDict({})
         self.lora_B = nn.ParameterDict({})
@@ -52,18 +61,21 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters = []
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config, plain)
+        self.update_layer(adapter_name, config, plain, dtype)
 
-    def update_layer(self, adapter_name: str, config: MoeLoraConfig, plain: bool) -> None:
-        """Adds an adapter; the router, which may be shared, is attached by the model."""
+    def update_layer(
+        self, adapter_name: str, config: MoeLoraConfig, plain: bool, dtype: torch.dtype | None = None
+    ) -> None:
+        """Adds an adapter kept in `dtype`; the router, which may be shared, is attached by the model."""
         r = (config.plain_r or config.r) if plain else config.r
         num_blocks = 1 if plain else config.num_experts + config.use_shared_expert
         self.r[adapter_name] = r
         self.scaling[adapter_name] = config.lora_alpha / r
         self.num_experts[adapter_name] = 0 if plain else config.num_experts
         self.dropout_p[adapter_name] = config.lora_dropout
-        self.lora_A[adapter_name] = nn.Parameter(torch.empty(num_blocks * r, self.in_features))
-        self.lora_B[adapter_name] = nn.Parameter(torch.empty(self.out_features, num_blocks * r))
+        self.kept_dtype[adapter_name] = dtype
+        self.lora_A[adapter_name] = nn.Parameter(torch.empty(num_blocks * r, self.in_features, dtype=dtype))
+        self.lora_B[adapter_name] = nn.Parameter(torch.empty(self.out_features, num_blocks * r, dtype=dtype))
         # The bound depends on in_features alone, so the stack is initialised as each expert would be.
         nn.init.kaiming_uniform_(self.lora_A[adapter_name], a=math.sqrt(5))
         if config.init_lora_weights:
@@ -83,19 +95,58 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
         for adapter_name in self.active_adapters:
             if adapter_name not in self.scaling:
                 continue
-            lora_A = self.lora_A[adapter_name]
-            z = self._cast_input_dtype(x, lora_A.dtype)
+            lora_A, lora_B = self.lora_A[adapter_name], self.lora_B[adapter_name]
+            z = self._cast_input_dtype(x, self.compute_dtype(adapter_name))
             site = self.router_sites.get(adapter_name)
-            gate = None if site is None else site.gate(z, self)  # (.., (E+S) * r)
+            chosen = gate = None
+            if site is not None:
+                site.decide(z, self)
+                chosen = None if is_four_bit(lora_A) else site.chosen(z)
+                gate = site.gate(z) if chosen is None else None  # (.., (E+S) * r)
             dropout_p = self.dropout_p[adapter_name]
             if dropout_p and self.training:
                 z = F.dropout(z, dropout_p)
-            middle = F.linear(z, lora_A)  # (.., (E+S) * r)
+            if chosen is not None:
+                result = result + self._of_sequences(z, adapter_name, *chosen)
+                continue
+            middle = linear(z, lora_A)  # (.., (E+S) * r)
             if gate is not None:
                 middle = middle * (gate if gate.dtype == middle.dtype else gate.to(middle.dtype))
-            delta = F.linear(middle, self.lora_B[adapter_name])
+            delta = linear(middle, lora_B)
             result = torch.add(result, delta, alpha=self.scaling[adapter_name])
         return result if result.dtype == base_dtype else result.to(base_dtype)
+
+    def _of_sequences(
+        self, z: torch.Tensor, adapter_name: str, blocks: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """What the experts of whole sequences add, each multiplied apart and summed in float32.
+
+        `z` [batch, T, in]; `blocks` and `weights` [batch, n], n = k+S; returns float32 [batch, T, out]. Taking the
+        blocks by index needs no answer from the device, and the other experts are not computed.
+        """
+        r = self.r[adapter_name]
+        lora_A = self.lora_A[adapter_name].unflatten(0, (-1, r))[blocks]  # (batch, n, r, in)
+        lora_B = self.lora_B[adapter_name].unflatten(1, (-1, r))[:, blocks]  # (out, batch, n, r)
+        middle = torch.matmul(z, lora_A.flatten(1, 2).transpose(1, 2))  # (batch, T, n * r)
+        middle = middle.unflatten(-1, (-1, r)).transpose(1, 2)  # (batch, n, T, r)
+        outputs = torch.matmul(middle, lora_B.permute(1, 2, 3, 0)) * self.scaling[adapter_name]  # (batch, n, T, out)
+        return (outputs * weights[:, :, None, None]).sum(dim=1)
+
+    def compute_dtype(self, adapter_name: str) -> torch.dtype:
+        """What the adapter multiplies in: the dtype of its weights, or the one 4-bit weights unpack to."""
+        weight = self.lora_A[adapter_name]
+        return weight.quant_state.dtype if is_four_bit(weight) else weight.dtype
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        dtype = self.kept_dtype.get(adapter_name)
+        if dtype is None:
+            super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+            return
+        device = device or self.get_base_layer().weight.device
+        for held in (self.lora_A, self.lora_B, self.lora_router):
+            item = held[adapter_name] if adapter_name in held else None
+            if item is not None and not any(p.is_meta for p in held.parameters()):
+                held[adapter_name] = item.to(device, dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ValueError(MERGE_REFUSED)

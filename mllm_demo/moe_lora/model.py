@@ -17,7 +17,8 @@ from torch import nn
 
 from .config import MoeLoraConfig
 from .layer import MERGE_REFUSED, MoeLoraLayer
-from .router import IMAGE_MODALITY, TEXT_MODALITY, MoeLoraRouter, RouterSite, RoutingState, masked_mean
+from .router import MoeLoraRouter, RouterSite
+from .state import RoutingState, model_input
 
 _CONTEXT_FIELDS = ("attention_mask", "modality_ids", "prompt_mask")
 
@@ -97,18 +98,33 @@ class MoeLoraModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         plain = _is_plain_target(peft_config, current_key)
+        dtype = self._kept_dtype(peft_config, plain)
         if isinstance(target, MoeLoraLayer):
-            target.update_layer(adapter_name, peft_config, plain)
+            target.update_layer(adapter_name, peft_config, plain, dtype)
             return
         if not isinstance(target, nn.Linear):
             raise TypeError(
                 f"Target module {current_key!r} must be a torch.nn.Linear (or bitsandbytes' Linear4bit, "
                 f"Linear8bitLt), got {type(target).__name__}."
             )
-        layer = MoeLoraLayer(target, adapter_name, peft_config, plain)
+        layer = MoeLoraLayer(target, adapter_name, peft_config, plain, dtype)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def _kept_dtype(self, config: MoeLoraConfig, plain: bool) -> torch.dtype | None:
+        """What an adapter's weights are kept in; None: whatever PEFT casts them to."""
+        if config.adapter_dtype != "model":
+            return None
+        return torch.float32 if plain else self.model.get_input_embeddings().weight.dtype
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        if self.peft_config[adapter_name].adapter_dtype != "model":
+            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+            return
+        for module in self.model.modules():
+            if isinstance(module, MoeLoraLayer):
+                module._move_adapter_to_device_of_base_layer(adapter_name)
 
     def _attach_routers(self, adapter_name: str, init_context) -> None:
         config = self.peft_config[adapter_name]
@@ -137,7 +153,7 @@ class MoeLoraModel(BaseTuner):
             if router.weight.is_meta:
                 router.empty_gate = router.empty_gate.to(device)
             else:
-                router.to(device)
+                router.to(device, self._kept_dtype(config, plain=False))
             router.requires_grad_(trainable).train(owner.training)
             owner.lora_router[adapter_name] = router
             site = RouterSite(router, config.r, self._state, in_decoder=self._in_decoder(key))
@@ -208,8 +224,9 @@ class MoeLoraModel(BaseTuner):
             attention_mask (`Tensor` [batch, tokens]): 0 at padding. Default: the forward's `attention_mask`.
             modality_ids (`Tensor` int64 [batch, tokens]): For granularity "modality"; tokens generated after
                 it are text. Default: 1 where `input_ids` is the config's image or video token, else 0.
-            prompt_mask (`Tensor` [batch, tokens]): 1 at the prompt, for sequence-level choices; state it when
-                training, where the answer stands behind the prompt. Default: the attention mask.
+            prompt_mask (`Tensor` [batch, tokens]): 1 at the tokens that sequence-level choices see; state it
+                when training, where the answer stands behind the prompt. Default: the attention mask. For
+                prompt_region "first_user_turn" there is no default, and tokens after the mask's are outside.
         """
         previous = self._state.given
         given = dict(zip(_CONTEXT_FIELDS, (attention_mask, modality_ids, prompt_mask), strict=True))
@@ -223,24 +240,7 @@ class MoeLoraModel(BaseTuner):
             self._state.given = previous
 
     def _begin_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        state, given = self._state, self._state.given
-        tokens = _model_input(args, kwargs)
-        num_tokens = tokens.shape[1] if tokens is not None and tokens.dim() > 1 else 0
-        granularities = {config.effective_granularity for config in self._active_configs()}
-        cache, past = kwargs.get("past_key_values"), 0
-        if granularities - {"token"} and hasattr(cache, "get_seq_length"):
-            past = int(cache.get_seq_length())
-        state.is_prefill = num_tokens != 1 or past == 0
-        state.in_forward = True
-        state.prompt_mask = given.get("prompt_mask") if state.is_prefill else None
-        mask = given.get("attention_mask", kwargs.get("attention_mask"))
-        mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
-        state.attention_mask = mask if mask is None or not num_tokens else mask[:, -num_tokens:]
-        state.modality_ids = None
-        if "modality" in granularities:
-            state.modality_ids = self._modality_ids(tokens, past, num_tokens)
-        if state.is_prefill:
-            state.prompt_mean = None
+        self._state.begin(args, kwargs, self._active_configs(), getattr(self.model, "config", None))
         for sites in self._sites.values():
             for site in sites:
                 site.begin_forward()
@@ -257,40 +257,14 @@ class MoeLoraModel(BaseTuner):
                     site.recorded = None
 
     def _capture_prompt(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        state = self._state
-        if not state.is_prefill or all(
-            config.router_input != "prompt_mean" for config in self._active_configs()
-        ):
+        configs = [config for config in self._active_configs() if config.router_input == "prompt_mean"]
+        if not self._state.is_prefill or not configs:
             return
+        embedding = self.model.get_input_embeddings()
         embeds = kwargs.get("inputs_embeds")
         if embeds is None:
-            embeds = self.model.get_input_embeddings()(_model_input(args, kwargs))
-        mask = state.prompt_mask if state.prompt_mask is not None else state.attention_mask
-        if mask is not None and mask.shape != embeds.shape[:-1]:
-            raise ValueError(
-                f"The prompt's mask must have shape {tuple(embeds.shape[:-1])}, got {tuple(mask.shape)}."
-            )
-        state.prompt_mean = masked_mean(embeds, mask)
-
-    def _modality_ids(self, tokens: torch.Tensor | None, past: int, num_tokens: int) -> torch.Tensor | None:
-        """int64 [batch, T] of this forward; None if it cannot be known."""
-        if tokens is None:
-            return None
-        given = self._state.given.get("modality_ids")
-        if given is not None:
-            missing = max(0, past + num_tokens - given.shape[1])
-            padded = nn.functional.pad(given, (0, missing), value=TEXT_MODALITY)
-            return padded[:, past : past + num_tokens]
-        config = getattr(self.model, "config", None)
-        names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
-        visual = [value for name in names if (value := getattr(config, name, None)) is not None]
-        if tokens.is_floating_point() and visual and self._state.is_prefill:
-            return None
-        ids = torch.full(tokens.shape[:2], TEXT_MODALITY, dtype=torch.long, device=tokens.device)
-        if not tokens.is_floating_point():
-            for token_id in visual:
-                ids = ids.masked_fill(tokens == token_id, IMAGE_MODALITY)
-        return ids
+            embeds = embedding(model_input(args, kwargs))
+        self._state.capture_prompt(embeds, configs, embedding, getattr(self.model, "config", None))
 
     def _active_configs(self) -> list[MoeLoraConfig]:
         return [self.peft_config[name] for name in self.active_adapters]
@@ -358,10 +332,3 @@ def _decoder_path(model: nn.Module) -> str:
     """Path of the text decoder inside `model`; "", the model itself, where it has none of its own."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     return next((path for path, module in model.named_modules() if module is decoder), "")
-
-
-def _model_input(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:
-    for value in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]):
-        if isinstance(value, torch.Tensor):
-            return value
-    return None

@@ -1,14 +1,12 @@
 """The router of MoE-LoRA: which experts serve a token, and with which weight.
 
 `MoeLoraRouter` maps its input to a `RouterOutput`; `RouterSite` lets the modules that share a router run it
-once per forward; `RoutingState` holds what a router needs and a layer's input does not contain. None of them
-knows how experts are applied, or what the model around them is.
+once per forward. Neither knows how experts are applied, or what the model around them is.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -16,10 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from .config import MoeLoraConfig
+from .state import IMAGE_MODALITY, RoutingState, masked_mean
 
-# Convention of the ids that `granularity="modality"` routes by.
-TEXT_MODALITY, IMAGE_MODALITY = 0, 1
 _NORM_EPS = 1e-12
+_WEIGHTED_NORM_EPS = 1e-6
 
 
 class RouterOutput(NamedTuple):
@@ -43,7 +41,8 @@ class RouterOutput(NamedTuple):
 
 class MoeLoraRouter(nn.Module):
     """
-    g = topk( softmax( (W_g * norm(z)) / temperature + noise ) ), always computed in float32.
+    g = topk( softmax( (W_g * norm(z)) / temperature + noise ) ), computed in float32 unless the configuration
+    says otherwise: logits in the model's dtype, softmax and top-k in float16.
 
     `forward` is called exactly once per site and model forward, and a forward hook that returns another
     `RouterOutput` replaces the decision (build one with `build_output`).
@@ -76,18 +75,22 @@ class MoeLoraRouter(nn.Module):
         self.granularity = config.effective_granularity
         self.has_shared_expert = config.use_shared_expert
         self.router_input = config.router_input
+        self.decode_choice = config.decode_choice
         self.in_features = in_features
         self.complement = config.use_shared_expert and config.shared_expert_weighting == "complement"
         self.norm_topk_prob = config.norm_topk_prob
         self.noise_std = config.router_noise_std
         self.temperature = config.router_temperature
         self.rms_norm = config.router_norm == "rms"
+        self.softmax_dtype = getattr(torch, config.router_softmax_dtype)
         by_modality = self.granularity == "modality"
         shape = (config.num_modalities, self.num_experts) if by_modality else (self.num_experts, in_features)
         self.weight = nn.Parameter(torch.empty(shape, dtype=torch.float32))
         self.bias = (
             nn.Parameter(torch.zeros(self.num_experts, dtype=torch.float32)) if config.router_bias else None
         )
+        weighted = config.router_norm == "rms_weighted"
+        self.norm_weight = nn.Parameter(torch.ones(in_features, dtype=torch.float32)) if weighted else None
         nn.init.normal_(self.weight, std=0.02)
         # A gate before any choice: 0 for routed experts, 1 for a shared one of constant weight. Not saved,
         # so never on the meta device.
@@ -104,12 +107,13 @@ class MoeLoraRouter(nn.Module):
         return self._route(z)
 
     def _route(self, z: torch.Tensor) -> RouterOutput:
-        weight = self.weight.float()
         if self.granularity == "modality":
-            logits = F.embedding(z, weight)
+            logits = F.embedding(z, self.weight.float())
+        elif self.norm_weight is not None:
+            logits = self._weighted_norm_logits(z)
         else:
             z = z.float()
-            logits = F.linear(z, weight)
+            logits = F.linear(z, self.weight.float())
             if self.rms_norm:
                 # The norm is one number per token: dividing the E logits is dividing the input, only cheaper.
                 norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
@@ -121,14 +125,21 @@ class MoeLoraRouter(nn.Module):
         if self.training and self.noise_std > 0.0:
             logits = logits + torch.randn_like(logits) * self.noise_std
 
-        probs = torch.softmax(logits, dim=-1)
+        probs = torch.softmax(logits.to(self.softmax_dtype), dim=-1)
         if self.num_experts_per_tok == 1:
             weights, selected = probs.max(dim=-1, keepdim=True)
         else:
             weights, selected = probs.topk(self.num_experts_per_tok, dim=-1)
         if self.norm_topk_prob:
             weights = weights / weights.sum(dim=-1, keepdim=True)
-        return self.build_output(logits, probs, selected, weights)
+        return self.build_output(logits.float(), probs.float(), selected, weights.float())
+
+    def _weighted_norm_logits(self, z: torch.Tensor) -> torch.Tensor:
+        """RMSNorm as a decoder's own: statistics in float32, weight and product in the dtype they are kept in."""
+        normed = z.float()
+        normed = normed * torch.rsqrt(normed.pow(2).mean(dim=-1, keepdim=True) + _WEIGHTED_NORM_EPS)
+        normed = self.norm_weight * normed.to(z.dtype)
+        return F.linear(normed.to(self.weight.dtype), self.weight, self.bias)
 
     def build_output(
         self,
@@ -142,7 +153,8 @@ class MoeLoraRouter(nn.Module):
         if self.complement:
             top = weights.max(dim=-1, keepdim=True).values
             weights = weights * top
-            gate = torch.cat((empty_gate.scatter(-1, selected_experts, weights), 1.0 - top), dim=-1)
+            rest = (1.0 - top.to(self.softmax_dtype)).to(top.dtype)
+            gate = torch.cat((empty_gate.scatter(-1, selected_experts, weights), rest), dim=-1)
         else:
             gate = empty_gate.scatter(-1, selected_experts, weights)
         return RouterOutput(router_logits, router_probs, selected_experts, weights, gate)
@@ -152,29 +164,6 @@ class MoeLoraRouter(nn.Module):
             f"site_name={self.site_name!r}, in_features={self.in_features}, num_experts={self.num_experts}, "
             f"num_experts_per_tok={self.num_experts_per_tok}, granularity={self.granularity!r}"
         )
-
-
-@dataclass
-class RoutingState:
-    """
-    What the routers of one model need during one forward of T tokens; all of it is optional.
-
-    given           what the caller stated through `MoeLoraModel.routing_context`, by name
-    attention_mask  [batch, T], 0 at padding
-    prompt_mask     [batch, T], 0 at tokens that a sequence-level choice must not see (an answer trained on)
-    modality_ids    int64 [batch, T]
-    prompt_mean     float32 [batch, 1, hidden], from the last prefill
-    is_prefill      whether sequence-level choices are made in this forward, or kept from an earlier one
-    in_forward      whether a forward of the whole model is running (a recomputation in backward is none)
-    """
-
-    given: dict[str, torch.Tensor | None] = field(default_factory=dict)
-    attention_mask: torch.Tensor | None = None
-    prompt_mask: torch.Tensor | None = None
-    modality_ids: torch.Tensor | None = None
-    prompt_mean: torch.Tensor | None = None
-    is_prefill: bool = True
-    in_forward: bool = False
 
 
 class RouterSite:
@@ -189,6 +178,7 @@ class RouterSite:
         self.state = state
         self.in_decoder = in_decoder
         self.leader: Any = None
+        self.decision: RouterOutput | None = None
         self.rank_gate: torch.Tensor | None = None
         self.kept_input: torch.Tensor | None = None
         self.recorded: tuple[RouterOutput, torch.Tensor | None] | None = None
@@ -202,17 +192,37 @@ class RouterSite:
 
     def end_forward(self) -> None:
         self.leader = None
+        self.decision = None
         self.rank_gate = None
 
-    def gate(self, x: torch.Tensor, member: object) -> torch.Tensor:
-        """What `member` multiplies its ranks by, for its input `x` [.., in_features]: [.., (E+S)*r]."""
+    def decide(self, x: torch.Tensor, member: object) -> None:
+        """Makes the decision for `member`, whose input is `x` [.., in_features], or keeps another member's."""
         if self.leader is None or self.leader is member:
-            output = self.router(self._router_input(x))
+            self.decision = self.router(self._router_input(x))
             self.leader = member
-            # Once for all members: each weight repeated over its expert's r ranks.
-            self.rank_gate = output.gate.unsqueeze(-1).expand(*output.gate.shape, self.r).flatten(-2)
+            self.rank_gate = None
             if self.state.in_forward and self.router.training and torch.is_grad_enabled():
-                self.recorded = (output, self._token_mask(output.router_probs.shape[:-1]))
+                self.recorded = (self.decision, self._token_mask(self.decision.router_probs.shape[:-1]))
+
+    def chosen(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Where each sequence of `x` [batch, T, n] has one choice, its experts and their weights.
+
+        int64 and float32 [batch, k+S], the shared expert last; None where tokens choose for themselves.
+        """
+        gate, blocks = self.decision.gate, self.decision.selected_experts
+        if self.router.granularity != "sequence" or x.dim() != 3 or gate.shape[:-1] != (x.shape[0], 1):
+            return None
+        gate, blocks = gate[:, 0].to(x.device), blocks[:, 0].to(x.device)
+        if self.router.has_shared_expert:
+            blocks = torch.cat((blocks, torch.full_like(blocks[:, :1], self.router.num_experts)), dim=-1)
+        return blocks, gate.gather(-1, blocks)
+
+    def gate(self, x: torch.Tensor) -> torch.Tensor:
+        """What a member multiplies its ranks by, for its input `x` [.., in_features]: [.., (E+S)*r]."""
+        if self.rank_gate is None:
+            # Once for all members: each weight repeated over its expert's r ranks.
+            gate = self.decision.gate
+            self.rank_gate = gate.unsqueeze(-1).expand(*gate.shape, self.r).flatten(-2)
         gate = self.rank_gate
         if gate.device != x.device:
             gate = gate.to(x.device)
@@ -239,11 +249,10 @@ class RouterSite:
         if granularity == "modality":
             return self._modality_ids(x)
         if self.router.router_input == "prompt_mean":
-            if self.state.prompt_mean is None:
-                raise RuntimeError(
-                    self._missing("no prompt was seen: its decoder did not run a prefill before it")
-                )
-            return self.state.prompt_mean
+            mean = self.state.mean_for(self.router.decode_choice)
+            if mean is None:
+                raise RuntimeError(self._missing(self.state.why_no_mean))
+            return mean
         if granularity == "sequence" and not self.state.is_prefill and self.in_decoder:
             if self.kept_input is None:
                 raise RuntimeError(self._missing("a decode step came before any prefill"))
@@ -291,15 +300,6 @@ class RouterSite:
 
     def _missing(self, what: str) -> str:
         return f"The router of {self.router.site_name!r} (adapter {self.router.adapter_name!r}): {what}."
-
-
-def masked_mean(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Mean over tokens in float32: `x` [.., T, n], `mask` [.., T] or None; [.., 1, n]."""
-    x = x.float()
-    if mask is None:
-        return x.mean(dim=-2, keepdim=True)
-    mask = mask.to(x).unsqueeze(-1)  # (batch, T, 1)
-    return (x * mask).sum(dim=-2, keepdim=True) / mask.sum(dim=-2, keepdim=True).clamp_min(1.0)
 
 
 def _fit(gate: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ from mllm_demo.moe_lora import MoeLoraConfig
         ({"router_input": "prompt"}, "one of 'hidden', 'prompt_mean', got 'prompt'"),
         ({"router_scope": "head"}, "one of 'module', 'block', 'layer', 'model', got 'head'"),
         ({"granularity": "word"}, "one of 'token', 'sequence', 'modality', got 'word'"),
-        ({"router_norm": "layer"}, "one of 'rms', 'none', got 'layer'"),
+        ({"router_norm": "layer"}, "one of 'rms', 'rms_weighted', 'none', got 'layer'"),
         ({"granularity": "modality", "num_modalities": 1}, "`num_modalities` must be at least 2"),
         ({"granularity": "modality", "router_bias": True}, "`router_bias` must be False"),
         ({"layers_pattern": "layers"}, "`layers_pattern` needs `layers_to_transform`"),
