@@ -147,13 +147,13 @@ def token_mask(ids: torch.Tensor, model_config: Any, names: Sequence[str]) -> to
 
 
 def masked_mean(x: torch.Tensor, mask: torch.Tensor | None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Mean over tokens in `dtype`: `x` [.., T, n], `mask` [.., T] or None; [.., 1, n]."""
-    x = x.to(dtype)
+    """Mean over tokens, summed in float32 and rounded once to `dtype`: `x` [.., T, n], `mask` [.., T]; [.., 1, n]."""
+    x = x.float()
     if mask is None:
-        return x.mean(dim=-2, keepdim=True)
-    mask = mask.to(x.device)
-    count = mask.sum(dim=-1, keepdim=True).clamp_min(1).unsqueeze(-1)  # (batch, 1, 1)
-    return (x * mask.to(dtype).unsqueeze(-1)).sum(dim=-2, keepdim=True) / count
+        return x.mean(dim=-2, keepdim=True).to(dtype)
+    mask = mask.to(x).unsqueeze(-1)  # (batch, T, 1)
+    mean = (x * mask).sum(dim=-2, keepdim=True) / mask.sum(dim=-2, keepdim=True).clamp_min(1.0)
+    return mean.to(dtype)
 
 
 def _region(mask: torch.Tensor, batch: int, num_tokens: int) -> torch.Tensor:
