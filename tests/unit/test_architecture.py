@@ -18,7 +18,8 @@ MAX_LINES = 400
 TORCH = {"torch", "transformers", "peft", "bitsandbytes", "accelerate", "torchvision"}
 PUBLIC_FACES = {f"{PACKAGE}", f"{PACKAGE}.moe_lora", f"{PACKAGE}.models.bundled"}
 # Where the names of models are data: what can be chosen, and what the bundled model is made of.
-NAMES_ALLOWED = (f"{PACKAGE}.models.catalog", f"{PACKAGE}.models.bundled", f"{PACKAGE}.training")
+_NAMING = ("models.catalog", "models.bundled", "models.moe_llava", "training")
+NAMES_ALLOWED = tuple(f"{PACKAGE}.{name}" for name in _NAMING)
 
 
 def _module_name(path: Path) -> str:

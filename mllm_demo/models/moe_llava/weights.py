@@ -75,7 +75,7 @@ def vocabulary_size(tensors: Tensors, config: MoeLlavaConfig, title: str) -> int
     """Rows of the original's token embeddings; raises `CheckpointError` when it has none."""
     name = Naming(config.text_config.model_type).sources("model.language_model.embed_tokens.weight", 0)[0][0]
     if name not in tensors:
-        raise CheckpointError(f"{title} lacks {name}, so it is not such a model; check that it is the whole checkpoint.")
+        raise CheckpointError(f"{title} lacks {name}, so it is not such a model; fetch it again.")
     return tensors[name].shape[0]
 
 
@@ -100,7 +100,7 @@ def plan(config: MoeLlavaConfig, original: Tensors, tower: Tensors, title: str) 
             used.update(key for row in names for key in row)
         for key in (key for row in names for key in row):
             if key not in state:
-                raise CheckpointError(f"{title} lacks the tensor {key}; it is cut off or of another kind, fetch it again.")
+                raise CheckpointError(f"{title} lacks the tensor {key}; fetch it again, whole.")
         part = _Part(name, expected.shape, [[state[key] for key in row] for row in names])
         _check_shape(part, names, title)
         parts.append(part)
