@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 from mllm_demo.errors import TraceError
-from mllm_demo.routing.readers import Decision, Listener, listeners
+from mllm_demo.routing.families import all_listeners
+from mllm_demo.routing.native import unread
+from mllm_demo.routing.readers import Decision, Listener
 from mllm_demo.routing.trace import RoutingTrace, Site, Token, TraceImage
 
 _FIRST_CAPACITY = 256
@@ -25,8 +27,9 @@ class RoutingTap:
             model.generate(**inputs)
             trace = tap.trace(tokens)
 
-    `sites`: the routers of the adapters active when the `with` was entered (at first, when the tap was
-    made); empty for a model without routers. `positions`: rows recorded so far, which after `generate` are
+    `sites`: the model's own routers and those of the adapters active when the `with` was entered (at first, when the
+    tap was made); empty for a model without routers. `unread`: names of classes that hold experts whose router
+    nothing here can read. `positions`: rows recorded so far, which after `generate` are
     the prompt plus every new token but the last, since the last one is never read. Entering again starts
     afresh.
 
@@ -41,8 +44,9 @@ class RoutingTap:
         self._reset()
 
     def _reset(self) -> None:
-        self._listeners = listeners(self._root)
+        self._listeners = all_listeners(self._root)
         self.sites: tuple[Site, ...] = tuple(listener.site for listener in self._listeners)
+        self.unread = unread(self._root, self._listeners)
         self.positions = 0
         self._groups = _groups(self.sites)
         self._pending: dict[str, Decision] = {}
@@ -125,6 +129,11 @@ class RoutingTap:
         are not as many as the positions.
         """
         if not self.sites:
+            if self.unread:
+                raise TraceError(
+                    f"this model has experts, but nothing here can read the routers of {' and '.join(self.unread)}, "
+                    "so there is no routing to show."
+                )
             raise TraceError("this model has no router, so there is no routing to show.")
         if self._hole is not None:
             raise TraceError(self._hole)
