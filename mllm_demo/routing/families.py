@@ -59,9 +59,13 @@ def _ernie(block: Ernie4_5_VLMoeMoeBlock, args: tuple, kwargs: Mapping, output: 
     The block returns each position's logits from its own router. Selection is by probability plus that router's
     correction bias, weights are the probabilities of the selected, renormalised; the class does the same.
     """
-    hidden_states, kinds = (*args, kwargs.get("moe_mm_token_type_ids"))[:2] if args else (
-        kwargs["hidden_states"],
-        kwargs.get("moe_mm_token_type_ids"),
+    hidden_states, kinds = (
+        (*args, kwargs.get("moe_mm_token_type_ids"))[:2]
+        if args
+        else (
+            kwargs["hidden_states"],
+            kwargs.get("moe_mm_token_type_ids"),
+        )
     )
     probs = output[1].float().softmax(dim=-1)  # (T, E)
     if kinds is None:

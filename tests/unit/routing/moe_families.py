@@ -45,7 +45,14 @@ GROUPED = {
     "norm_topk_prob": True,
     "routed_scaling_factor": 2.5,
 }
-LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4}
+LATENT = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "num_key_value_heads": 4,
+}
 QWEN_VISION = {
     "depth": 1,
     "hidden_size": 32,
@@ -174,13 +181,11 @@ def kimi() -> Family:
     return Family(config, scores="sigmoid", sites=LAYERS - 1)
 
 
-def internvl(text_type: str, **text) -> Family:
+def internvl(text_type: str, **text) -> InternVLConfig:
     """A composite that takes any language model."""
     vision = {**CLIP_VISION, "image_size": [16, 16], "patch_size": [4, 4]}
-    config = InternVLConfig(
-        text_config={**TEXT, "model_type": text_type, **text}, vision_config=vision, image_token_id=5
-    )
-    return config
+    text = {**TEXT, "model_type": text_type, **text}
+    return InternVLConfig(text_config=text, vision_config=vision, image_token_id=5)
 
 
 def internvl_qwen3() -> Family:
@@ -215,7 +220,8 @@ def minimax() -> Family:
 def step3p7() -> Family:
     text = {**TEXT, "n_routed_experts": EXPERTS, "num_local_experts": EXPERTS, "num_experts_per_tok": 3}
     text |= {"moe_intermediate_size": 16, "share_expert_dim": 16, "moe_router_scaling_factor": 3.0}
-    text |= {"mlp_layer_types": ["dense", "sparse", "sparse"], "layer_types": ["full_attention"] * 3, "sliding_window": 8}
+    text |= {"mlp_layer_types": ["dense", "sparse", "sparse"]}
+    text |= {"layer_types": ["full_attention"] * 3, "sliding_window": 8}
     config = auto("step3p7", text_config=text, vision_config={**CLIP_VISION}, image_token_id=5)
     return Family(config, scores="sigmoid", sites=LAYERS - 1)
 
