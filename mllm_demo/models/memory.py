@@ -18,6 +18,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from mllm_demo.errors import OutOfMemoryError
 from mllm_demo.models.catalog import NF4_BYTES_PER_WEIGHT, WORKING_MEMORY_FACTOR
+from mllm_demo.models.experts import ExpertWeights4bit
 
 CGROUP = Path("/sys/fs/cgroup")
 BYTES_PER_WEIGHT = {"nf4": NF4_BYTES_PER_WEIGHT, "fp4": NF4_BYTES_PER_WEIGHT, "int8": 1.0}
@@ -46,7 +47,7 @@ def _statistics(parameter: Params4bit) -> Iterator[torch.Tensor]:
     state = parameter.quant_state
     while state is not None:
         yield from (t for t in (state.absmax, state.code, state.offset) if isinstance(t, torch.Tensor))
-        state = state.state2
+        state = getattr(state, "state2", None)  # gone once bitsandbytes has packed a layer for its fused CPU kernel
 
 
 def measure(model: nn.Module) -> Footprint:
@@ -65,6 +66,9 @@ def measure(model: nn.Module) -> Footprint:
         if isinstance(parameter, Int8Params) and parameter.SCB is not None:
             sizes[parameter.SCB.data_ptr()] = parameter.SCB.nbytes
     for module in model.modules():
+        if isinstance(module, ExpertWeights4bit):
+            four_bit[module.weight.data_ptr()] = module.weight.nbytes
+            parameters += module.weights
         # After its first forward the layer has moved the row scales from the weight to its own state.
         if isinstance(module, Linear8bitLt) and module.state.SCB is not None:
             sizes[module.state.SCB.data_ptr()] = module.state.SCB.nbytes

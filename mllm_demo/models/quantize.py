@@ -13,6 +13,8 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from mllm_demo.errors import LoadError
+from mllm_demo.models.experts_quantizer import METHOD as FOUR_BIT_WITH_EXPERTS
+from mllm_demo.models.experts_quantizer import ExpertsBitsAndBytesConfig
 
 # LLM.int8 reports the cast of its inputs once per layer and token, which would drown every other message.
 logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
@@ -46,18 +48,14 @@ def bnb_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig | No
     """The bitsandbytes configuration of nf4, fp4 or int8 computing in `dtype`; None for "none".
 
     Its default skips hold: the output head, tied embeddings and whatever the model keeps in float32 stay
-    unquantized, as do convolutions and embeddings, which are not linear layers.
+    unquantized, as do convolutions and embeddings, which are not linear layers. In 4 bit, experts that are fused
+    into one parameter are quantized as well; in 8 bit they are not.
     """
     if quantization == "none":
         return None
     if quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=quantization,
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
+    return ExpertsBitsAndBytesConfig(bnb_4bit_quant_type=quantization, bnb_4bit_compute_dtype=dtype)
 
 
 def stored_quantization(config) -> str | None:
@@ -68,7 +66,7 @@ def stored_quantization(config) -> str | None:
     stored = stored if isinstance(stored, dict) else stored.to_dict()
     if stored.get("load_in_8bit"):
         return "int8"
-    if stored.get("load_in_4bit"):
+    if stored.get("load_in_4bit") or stored.get("quant_method") == FOUR_BIT_WITH_EXPERTS:
         return stored.get("bnb_4bit_quant_type", "fp4")
     return str(stored.get("quant_method", "unknown"))
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from bitsandbytes.functional import has_avx512bf16
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -70,7 +71,11 @@ def test_a_forward_does_not_change_what_is_counted(checkpoint):
         before = memory.measure(model)
         with torch.inference_mode():
             model(input_ids=torch.tensor([[5, 6, 7]]))
-        assert memory.measure(model) == before
+        after = memory.measure(model)
+        # For its fused CPU kernel bitsandbytes trades 8-bit statistics and their code books for 16-bit ones.
+        repacked = quantization == "nf4" and has_avx512bf16()
+        assert after.memory_bytes == pytest.approx(before.memory_bytes, rel=0.03 if repacked else 0)
+        assert (after.four_bit_bytes, after.parameters) == (before.four_bit_bytes, before.parameters)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8", "none"])
