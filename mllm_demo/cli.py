@@ -65,6 +65,14 @@ def add_model_flags(parser: argparse.ArgumentParser, environ: Mapping[str, str])
     )
     add_flag(parser, environ, "device", choices=DEVICES, default=choice.device, help="where the model runs")
     add_flag(
+        parser,
+        environ,
+        "moe-llava-noise",
+        action="store_true",
+        default=choice.moe_llava_noise,
+        help="draw the second expert with noise where the original model does; the seed repeats it",
+    )
+    add_flag(
         parser, environ, "cache-dir", type=Path, default=None, help="folder for fetched and quantized weights"
     )
     add_flag(
@@ -119,7 +127,13 @@ def settings_from(arguments: argparse.Namespace) -> Settings:
     """`Settings` of parsed flags; raises `SettingsError` naming the value that is out of range."""
     defaults = Settings()
     return Settings(
-        choice=ModelChoice(arguments.model, arguments.adapter, arguments.quantization, arguments.device),
+        choice=ModelChoice(
+            arguments.model,
+            arguments.adapter,
+            arguments.quantization,
+            arguments.device,
+            arguments.moe_llava_noise,
+        ),
         sampling=Sampling(
             max_new_tokens=arguments.max_new_tokens,
             temperature=getattr(arguments, "temperature", defaults.sampling.temperature),

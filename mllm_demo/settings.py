@@ -38,12 +38,16 @@ class Sampling:
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """What to load. `model`: preset name, local folder or hub id; `adapter`: folder, hub id or None."""
+    """What to load. `model`: preset name, local folder or hub id; `adapter`: folder, hub id or None.
+
+    `moe_llava_noise`: MoE-LLaVA models draw their second expert with noise, as the original does.
+    """
 
     model: str = DEFAULT_MODEL
     adapter: str | None = None
     quantization: str = "nf4"
     device: str = "auto"
+    moe_llava_noise: bool = False
 
     def __post_init__(self) -> None:
         _check(bool(self.model.strip()), "model must be a preset, a folder or a hub id, not an empty string.")

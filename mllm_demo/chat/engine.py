@@ -148,4 +148,5 @@ def _ready(loaded: LoadedModel) -> EngineStatus:
         parameters=loaded.parameters,
         context_length=loaded.context_length,
         has_routing=bool(RoutingTap(loaded.model).sites),
+        remark=loaded.remark,
     )

@@ -75,7 +75,7 @@ class EngineStatus:
     """What is loaded. `state`: "empty", "loading", "ready" or "failed" (then `error` says why).
 
     `four_bit_share`: weights held in 4 bit / all weights, counted from the tensors themselves;
-    `memory_bytes`: what the weights take on `device`.
+    `memory_bytes`: what the weights take on `device`; `remark`: what to know about how the model is run.
     """
 
     state: str
@@ -90,6 +90,7 @@ class EngineStatus:
     has_routing: bool = False
     note: str = ""
     error: str = ""
+    remark: str = ""
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ def digest(folder: Path) -> str:
     summary = hashlib.sha256()
     for path in sorted(folder.glob("*.json")):
         summary.update(path.read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
         summary.update(f"{path.name} {path.stat().st_size}".encode())
     return f"sha256:{summary.hexdigest()[:16]}"
 
@@ -148,6 +148,12 @@ def _local(name: str, error: type[LoadError], what: str) -> Path | None:
     return None
 
 
+def fetch_files(name: str, patterns: tuple[str, ...], cache_dir: Path, progress: Progress) -> Files:
+    """A local folder as it is, or the files of a hub id that match `patterns`; raises `LoadError`."""
+    folder = _local(name, CheckpointError, "model")
+    return Files(folder, digest(folder)) if folder else _from_hub(name, patterns, cache_dir, progress)
+
+
 def fetch_descriptions(name: str, cache_dir: Path, progress: Progress) -> Files:
     """Configuration, tokenizer and processor files of a folder or hub id: small, enough to judge the model by."""
     folder = _local(name, CheckpointError, "model")
@@ -165,12 +171,7 @@ def fetch_descriptions(name: str, cache_dir: Path, progress: Progress) -> Files:
 
 def fetch_weights(name: str, cache_dir: Path, progress: Progress) -> Files:
     """All files of a model; raises `CheckpointError` when its weights are not safetensors."""
-    folder = _local(name, CheckpointError, "model")
-    files = (
-        Files(folder, digest(folder))
-        if folder
-        else _from_hub(name, DESCRIPTIONS + WEIGHTS, cache_dir, progress)
-    )
+    files = fetch_files(name, DESCRIPTIONS + WEIGHTS, cache_dir, progress)
     if not any(files.folder.glob("*.safetensors")):
         raise CheckpointError(
             f"{name} has no .safetensors weights; pickled weights are not read, convert them first."

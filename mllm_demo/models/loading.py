@@ -27,6 +27,8 @@ from mllm_demo.errors import CheckpointError, LoadError, OutOfMemoryError
 from mllm_demo.models import adapters, catalog, fetching, memory, quantize
 from mllm_demo.models.bundled import weights as bundled_weights
 from mllm_demo.models.fetching import Progress, monotone
+from mllm_demo.models.moe_llava import fetch as moe_llava
+from mllm_demo.models.moe_llava.model import set_noise
 from mllm_demo.models.processors import load_processor
 from mllm_demo.models.progress import bars_as_progress
 from mllm_demo.settings import ModelChoice
@@ -52,7 +54,8 @@ class LoadedModel:
     """A model in eval mode on `device`, its processor, and the truth about both.
 
     `quantization` is what the weights really are; `dtype` what they compute in; `context_length` in tokens;
-    `four_bit_share`, `memory_bytes`, `parameters` are counted from the tensors.
+    `four_bit_share`, `memory_bytes`, `parameters` are counted from the tensors; `remark`: what a person should know
+    about how this model is run, or "".
     """
 
     model: PreTrainedModel | PeftModel
@@ -69,6 +72,7 @@ class LoadedModel:
     four_bit_share: float
     memory_bytes: int
     parameters: int
+    remark: str = ""
 
 
 def _read_config(folder: Path, title: str) -> PretrainedConfig:
@@ -128,7 +132,11 @@ def fetch(choice: ModelChoice, cache_dir: Path | None, progress: Progress) -> Re
     else:
         files = fetching.fetch_descriptions(source, cache_dir, monotone(progress, 0.05, 0.1))
         _check_memory(files.folder, _read_config(files.folder, title), title, choice.quantization, device)
-        files = fetching.fetch_weights(source, cache_dir, monotone(progress, 0.1, 1.0))
+        rest = monotone(progress, 0.1, 1.0)
+        if moe_llava.is_original(files.folder):
+            files = moe_llava.fetch(source, files.folder, cache_dir, title, rest)
+        else:
+            files = fetching.fetch_weights(source, cache_dir, rest)
     progress(LoadProgress(1.0, "All files are here"))
     return ResolvedModel(
         choice=choice,
@@ -262,4 +270,5 @@ def load_resolved(resolved: ResolvedModel, progress: Progress) -> LoadedModel:
         four_bit_share=footprint.four_bit_share,
         memory_bytes=footprint.memory_bytes,
         parameters=footprint.parameters,
+        remark=set_noise(model, resolved.choice.moe_llava_noise),
     )

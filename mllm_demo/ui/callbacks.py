@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from mllm_demo.figures.modality_share import modality_share_figure
 from mllm_demo.figures.payload import PayloadStream, empty_payload
 from mllm_demo.routing.stats import site_groups
 from mllm_demo.routing.trace import RoutingTrace
-from mllm_demo.settings import ModelChoice, Sampling, Settings
+from mllm_demo.settings import Sampling, Settings
 from mllm_demo.ui import history as chat
 from mllm_demo.ui import words
 from mllm_demo.ui.sessions import Sessions
@@ -247,7 +248,8 @@ class Callbacks:
     def load(self, model: str, adapter: str, quantization: str) -> Iterator[tuple[str, str, str]]:
         """Loads another model; yields progress, status line, notice."""
         try:
-            choice = ModelChoice(model or "", adapter.strip() or None, quantization, self.settings.choice.device)
+            asked = {"model": model or "", "adapter": adapter.strip() or None, "quantization": quantization}
+            choice = replace(self.settings.choice, **asked)
             for step in self.engine.load(choice):
                 yield progress(step.fraction, step.note), status_line(self.engine.status()), ""
         except DemoError as error:
@@ -304,6 +306,8 @@ def status_line(status: EngineStatus, finished: Finished | None = None) -> str:
     if status.state == "ready":
         name, *rest = words.status_parts(status, finished)
         parts = [f'<span class="name">{html.escape(name)}</span>', *(f"<span>{html.escape(p)}</span>" for p in rest)]
+        if status.remark:
+            parts.append(f'<span class="remark">{html.escape(status.remark)}</span>')
     else:
         said = {"loading": words.loading(status), "failed": words.failed(status)}.get(status.state, words.NO_MODEL)
         parts = [f"<span>{html.escape(said)}</span>"]

@@ -108,7 +108,7 @@ def single_view(processor, prompt: Prompt) -> list[Place] | None:
     """LLaVA: the picture resized (shortest edge or to a given size), then cropped in the middle.
 
     What the crop left out has no token; patches of padding, and a class token where the model keeps it, have
-    no box.
+    no box. A tower without a class token loses its first patch all the same when the model drops one token.
     """
     if "pixel_values" not in prompt.inputs:
         return None
@@ -119,11 +119,12 @@ def single_view(processor, prompt: Prompt) -> list[Place] | None:
     found = []
     for index, size in enumerate(prompt.sizes):
         view = _view(processor.image_processor, size, (width, height))
-        found += [Place(index)] * leading
+        patches = [Place(index)] * max(leading, 0)
         for y in range(height // patch):
             for x in range(width // patch):
                 corners = (x * patch, y * patch, (x + 1) * patch, (y + 1) * patch)
-                found.append(Place(index, view.box(*corners, size) if view else None))
+                patches.append(Place(index, view.box(*corners, size) if view else None))
+        found += patches[max(-leading, 0) :]
     return found
 
 

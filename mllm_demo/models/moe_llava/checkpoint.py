@@ -5,21 +5,20 @@ It knows nothing of hubs: the checkpoint and its vision tower are folders.
 
 import hashlib
 import json
-import shutil
-import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from transformers import AutoConfig, CLIPConfig, CLIPVisionConfig, GenerationConfig, SiglipConfig, SiglipVisionConfig
 
 from mllm_demo.chat.events import LoadProgress
 from mllm_demo.errors import CheckpointError, LoadError
+from mllm_demo.models.checkpoints.source import Source
 from mllm_demo.models.fetching import Progress
 from mllm_demo.models.moe_llava import weights
 from mllm_demo.models.moe_llava.config import FAMILIES, MoeLlavaConfig
 from mllm_demo.models.moe_llava.processor import load_image_processor, load_tokenizer, make_processor, vocabulary_of
 
 LAYOUT_VERSION = 1  # raise when the folder that is written changes
-_TOWER_PREFIX = "vision_model."
 
 
 def read_original(folder: Path) -> dict | None:
@@ -58,17 +57,17 @@ def read_config(folder: Path, tower: Path, title: str) -> MoeLlavaConfig:
     return config
 
 
-def convert_weights(folder: Path, tower: Path, config: MoeLlavaConfig, target: Path, title: str, progress) -> None:
+def convert_weights(
+    folder: Path, tower: Path, config: MoeLlavaConfig, target: Path, title: str, progress: Callable[[float], None]
+) -> None:
     """Writes the tensors of `folder` and `tower` to `target`; `progress` is told the share done."""
-    seen = weights.open_weights(tower, f"the vision tower of {title}")
-    seen = {name.partition(_TOWER_PREFIX)[2]: value for name, value in seen.items() if _TOWER_PREFIX in name}
-    weights.write(weights.plan(config, weights.open_weights(folder, title), seen, title), target, progress)
+    weights.write(weights.pieces(config, Source(folder), Source(tower), title), target, progress)
 
 
 def _key(folder: Path, tower: Path) -> str:
     """Changes whenever anything that the converted folder is made of changes; weights count by name and size."""
     digest = hashlib.sha256(str(LAYOUT_VERSION).encode())
-    for path in sorted([*folder.glob("*"), *tower.glob("*")]):
+    for path in [*sorted(folder.glob("*")), *sorted(tower.glob("*"))]:
         if path.suffix in (".json", ".txt", ".tiktoken"):
             digest.update(path.read_bytes())
         elif path.is_file():
@@ -79,23 +78,22 @@ def _key(folder: Path, tower: Path) -> str:
 def prepare(folder: Path, tower: Path, cache_dir: Path, title: str, progress: Progress) -> Path:
     """The converted folder of the original in `folder`, in the cache; made if it is not there yet.
 
-    A half-made folder never stays. Raises `CheckpointError` for what is wrong with the files, `LoadError` when
-    the cache cannot be written.
+    A run that was killed goes on where it stopped; a half-made folder is never returned. Raises `CheckpointError`
+    for what is wrong with the files, `LoadError` when the cache cannot be written.
     """
     target = cache_dir / "moe_llava" / f"{folder.name}-{_key(folder, tower)}"
     if target.is_dir():
         return target
     config = read_config(folder, tower, title)
     tokenizer = load_tokenizer(folder, title)
-    rows = weights.vocabulary_size(weights.open_weights(folder, title), config, title)
-    if vocabulary_of(tokenizer) > rows:
+    tokens, rows = vocabulary_of(tokenizer), weights.vocabulary_size(Source(folder), config, title)
+    if tokens > rows:
         raise CheckpointError(
-            f"The tokenizer of {title} has {vocabulary_of(tokenizer)} tokens and its weights have {rows}; "
-            "they are not of one model, fetch it again."
+            f"The tokenizer of {title} has {tokens} tokens and its weights have {rows}; they are not of one model."
         )
-    config.text_config.vocab_size = vocabulary_of(tokenizer)
+    config.text_config.vocab_size = tokens
     processor = make_processor(tokenizer, load_image_processor(tower, config, title), config)
-    config.image_token_id = processor.image_token_id
+    config.image_token_index = processor.image_token_id
     config.text_config.eos_token_id = tokenizer.eos_token_id
     config.text_config.pad_token_id = tokenizer.pad_token_id
 
@@ -103,19 +101,18 @@ def prepare(folder: Path, tower: Path, cache_dir: Path, title: str, progress: Pr
         progress(LoadProgress(share, f"Converting {title}, once: {share:.0%}"))
 
     written(0.0)
+    partial = target.with_name(f".{target.name}.partial")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".part-") as partial:
-            made = Path(partial) / "made"
-            made.mkdir()
-            convert_weights(folder, tower, config, made, title, written)
-            config.save_pretrained(made)
-            processor.save_pretrained(made)
-            ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-            GenerationConfig(**ends).save_pretrained(made)
-            shutil.move(made, target)
+        partial.mkdir(parents=True, exist_ok=True)
+        convert_weights(folder, tower, config, partial, title, written)
+        config.save_pretrained(partial)
+        processor.save_pretrained(partial)
+        ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        GenerationConfig(**ends).save_pretrained(partial)
+        partial.rename(target)
     except OSError as error:
         raise LoadError(
-            f"Could not write the converted {title} to {cache_dir} ({error.strerror}); choose another --cache-dir."
+            f"Could not write the converted {title} to {cache_dir} ({error.strerror}); make room or choose another "
+            "--cache-dir."
         ) from error
     return target

@@ -81,18 +81,17 @@ class MoeLlavaRouter(nn.Module):
 def original_draw(router: MoeLlavaRouter, logits: torch.Tensor) -> torch.Tensor:
     """Anew on every pass, from torch's generator: Gumbel noise for the second of two choices (DeepSpeed draws it
     in evaluation too), uniform numbers for top-1."""
-    uniform = torch.rand_like(logits)
     if router.mixture.top_k == 1:
-        return uniform
-    tiny = torch.finfo(logits.dtype).tiny
-    return -torch.log(-torch.log(uniform.clamp_min(tiny)).clamp_min(tiny))
+        return torch.rand_like(logits)
+    return -torch.empty_like(logits).exponential_().log()
 
 
-def set_draw(model: nn.Module, draw: Draw | None) -> None:
-    """Gives every MoE-LLaVA router of `model` this source of randomness; None for none."""
-    for module in model.modules():
-        if isinstance(module, MoeLlavaRouter):
-            module.draw = draw
+def set_draw(model: nn.Module, draw: Draw | None) -> bool:
+    """Gives every MoE-LLaVA router of `model` this source of randomness, None for none; False if it has no such."""
+    routers = [module for module in model.modules() if isinstance(module, MoeLlavaRouter)]
+    for router in routers:
+        router.draw = draw
+    return bool(routers)
 
 
 class _Experts(nn.Module):

@@ -34,7 +34,7 @@ from mllm_demo.models.moe_llava.config import (
     MoeStableLmConfig,
     mixture,
 )
-from mllm_demo.models.moe_llava.experts import init_weights, put_in_place
+from mllm_demo.models.moe_llava.experts import init_weights, original_draw, put_in_place, set_draw
 from mllm_demo.models.moe_llava.qwen import QwenModel
 
 
@@ -233,6 +233,18 @@ class MoeLlavaQwen2ForConditionalGeneration(MoeLlavaForConditionalGeneration):
     """MoE-LLaVA on Qwen1.5."""
 
     config: MoeLlavaQwen2Config
+
+
+def set_noise(model: nn.Module, noisy: bool) -> str:
+    """Switches the original's noise on or off; a sentence for the page that says which, "" for another model."""
+    if not set_draw(model, original_draw if noisy else None):
+        return ""
+    if noisy:
+        return "The second expert of every token is drawn with noise, as in the original; the seed repeats an answer."
+    return (
+        "The second expert is the second most probable one; the original draws it with noise at every step "
+        "(--moe-llava-noise)."
+    )
 
 
 for _decoder in (MoePhiModel, MoeStableLmModel, MoeQwenModel, MoeQwen2Model):

@@ -1,147 +1,121 @@
-"""An original checkpoint's tensors, assembled under the names used here and written as safetensors, once.
+"""An original checkpoint's tensors, assembled under the names used here and written as safetensors.
 
-Tensors stay in their files until they are needed (memory mapping), and one file of the result is in memory at a time.
-Nothing is unpickled but tensors. It knows nothing of hubs, processors or devices.
+Tensors are read, joined and written one at a time. It knows nothing of hubs, processors or devices.
 """
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from mllm_demo.errors import CheckpointError
+from mllm_demo.models.checkpoints import streaming
+from mllm_demo.models.checkpoints.source import Entry, Source
+from mllm_demo.models.checkpoints.streaming import Piece
 from mllm_demo.models.moe_llava.config import MoeLlavaConfig, mixture
 from mllm_demo.models.moe_llava.naming import VISION_TOWER, Naming
 
 SHARD_BYTES = 2 * 10**9
-Tensors = Mapping[str, torch.Tensor]
+INDEX = "model.safetensors.index.json"
+_EMBEDDINGS = "model.language_model.embed_tokens.weight"
+_TOWER_PREFIX = "vision_model."
 
 
-def open_weights(folder: Path, title: str) -> Tensors:
-    """All tensors of `folder`'s safetensors or, if it has none, of its `pytorch_model*.bin`, mapped, not read.
-
-    Raises `CheckpointError` when there is neither or a file is no checkpoint.
-    """
-    paths = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    if not paths:
-        raise CheckpointError(f"{title} has no weights (pytorch_model.bin or .safetensors); fetch it again.")
-    tensors: dict[str, torch.Tensor] = {}
-    for path in paths:
-        tensors.update(_open(path, title))
-    return tensors
-
-
-def _open(path: Path, title: str) -> Tensors:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path.name} of {title} is damaged or cut off; fetch it again.") from error
-    except Exception as error:  # what a damaged or hostile pickle raises depends on its bytes
-        raise CheckpointError(
-            f"{path.name} of {title} is damaged, cut off, or holds more than tensors; fetch it again."
-        ) from error
-    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise CheckpointError(f"{path.name} of {title} is not a table of tensors; give the model's own checkpoint.")
-    return state
-
-
-@dataclass(frozen=True)
-class _Part:
-    """One parameter here: its shape, and its tensors in the original, to be joined (inner) and stacked (outer)."""
-
-    name: str
-    shape: torch.Size
-    sources: list[list[torch.Tensor]]
-
-    @property
-    def num_bytes(self) -> int:
-        return self.shape.numel() * self.sources[0][0].dtype.itemsize
-
-    def assembled(self) -> torch.Tensor:
-        joined = [torch.cat(row) if len(row) > 1 else row[0] for row in self.sources]
-        whole = torch.stack(joined) if len(joined) > 1 or len(self.shape) > joined[0].dim() else joined[0]
-        # Rows beyond the vocabulary that is used; nothing else may be longer than it should.
-        return whole[: self.shape[0]].clone() if whole.shape != self.shape else whole.contiguous()
-
-
-def vocabulary_size(tensors: Tensors, config: MoeLlavaConfig, title: str) -> int:
+def vocabulary_size(original: Mapping[str, Entry], config: MoeLlavaConfig, title: str) -> int:
     """Rows of the original's token embeddings; raises `CheckpointError` when it has none."""
-    name = Naming(config.text_config.model_type).sources("model.language_model.embed_tokens.weight", 0)[0][0]
-    if name not in tensors:
+    name = Naming(config.text_config.model_type).sources(_EMBEDDINGS, 0)[0][0]
+    if name not in original:
         raise CheckpointError(f"{title} lacks {name}, so it is not such a model; fetch it again.")
-    return tensors[name].shape[0]
+    return original[name].shape[0]
 
 
-def plan(config: MoeLlavaConfig, original: Tensors, tower: Tensors, title: str) -> list[_Part]:
-    """Every parameter of `config`'s model, in its order, with its sources.
+def pieces(config: MoeLlavaConfig, original: Mapping[str, Entry], tower: Source, title: str) -> list[Piece]:
+    """Every parameter of `config`'s model, made of the tensors of the original and of its vision tower.
 
     Raises `CheckpointError` with the name of the first tensor that is missing, of another shape, or unknown.
     """
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
+    seen = {name.partition(_TOWER_PREFIX)[2]: entry for name, entry in tower.items() if _TOWER_PREFIX in name}
     naming, counts = Naming(config.text_config.model_type), mixture(config.text_config).experts
     used: set[str] = set()
-    parts = []
-    for name, expected in model.state_dict().items():
+    found = []
+    for name, parameter in model.state_dict().items():
         if name == "lm_head.weight" and name not in original and config.tie_word_embeddings:
             continue
         if name.startswith(VISION_TOWER):
-            names, state = [[name.removeprefix(VISION_TOWER)]], tower
+            rows, entries, owner = [[name.removeprefix(VISION_TOWER)]], seen, f"the vision tower of {title}"
         else:
             layer = name.partition(".layers.")[2].partition(".")[0]
-            names, state = naming.sources(name, counts.get(int(layer), 0) if layer else 0), original
-            used.update(key for row in names for key in row)
-        for key in (key for row in names for key in row):
-            if key not in state:
-                raise CheckpointError(f"{title} lacks the tensor {key}; fetch it again, whole.")
-        part = _Part(name, expected.shape, [[state[key] for key in row] for row in names])
-        _check_shape(part, names, title)
-        parts.append(part)
+            rows, entries, owner = naming.sources(name, counts.get(int(layer), 0) if layer else 0), original, title
+            used.update(key for row in rows for key in row)
+        found.append(_piece(name, tuple(parameter.shape), rows, entries, owner))
     unknown = next((key for key in original if key not in used and not naming.is_ignored(key)), None)
     if unknown is not None:
         raise CheckpointError(
             f"{title} holds the tensor {unknown}, for which its configuration has no place; it is of another kind."
         )
-    return parts
+    return found
 
 
-def _check_shape(part: _Part, names: list[list[str]], title: str) -> None:
-    rows, *rest = part.shape[1:] if len(names) > 1 or len(part.shape) > part.sources[0][0].dim() else part.shape
-    for tensors, keys in zip(part.sources, names, strict=True):
-        found = sum(tensor.shape[0] for tensor in tensors)
-        enough = found >= rows if "embed_tokens" in part.name or part.name == "lm_head.weight" else found == rows
-        if not enough or any(list(tensor.shape[1:]) != rest for tensor in tensors):
-            shapes = " and ".join(str(list(tensor.shape)) for tensor in tensors)
+def _piece(
+    name: str, shape: tuple[int, ...], rows: list[list[str]], entries: Mapping[str, Entry], owner: str
+) -> Piece:
+    """`rows`: as `Naming.sources` gives them."""
+    missing = next((key for row in rows for key in row if key not in entries), None)
+    if missing is not None:
+        raise CheckpointError(f"Of {owner} the tensor {missing} is missing; fetch it again, whole.")
+    parts = [[entries[key] for key in row] for row in rows]
+    stacked = ".mlp.experts." in name
+    height, *rest = shape[1:] if stacked else shape
+    # The original cuts its vocabulary to that of the tokenizer when it loads; nothing else may be longer.
+    may_be_cut = name in (_EMBEDDINGS, "lm_head.weight")
+    for row, keys in zip(parts, rows, strict=True):
+        total = sum(entry.shape[0] for entry in row)
+        fits = total >= height if may_be_cut else total == height
+        if not fits or any(list(entry.shape[1:]) != rest for entry in row):
+            held = " and ".join(str(list(entry.shape)) for entry in row)
             raise CheckpointError(
-                f"The tensor {keys[0]} of {title} is {shapes}, where its configuration asks for {[rows, *rest]}; "
+                f"The tensor {keys[0]} of {owner} is {held}, where the configuration asks for {[height, *rest]}; "
                 "weights and config.json are not of one model."
             )
 
+    def load() -> torch.Tensor:
+        joined = [torch.cat([entry.load() for entry in row]) if len(row) > 1 else row[0].load() for row in parts]
+        return torch.stack(joined) if stacked else joined[0][:height]
 
-def write(parts: list[_Part], folder: Path, progress: Callable[[float], None]) -> None:
-    """Writes `parts` as sharded safetensors with their index; `progress` is told the share of bytes written."""
-    total = max(1, sum(part.num_bytes for part in parts))
-    shards: list[list[_Part]] = [[]]
-    size = 0
-    for part in parts:
-        if shards[-1] and size + part.num_bytes > SHARD_BYTES:
+    return Piece(name, shape, parts[0][0].dtype, load)
+
+
+def write(found: list[Piece], folder: Path, progress: Callable[[float], None]) -> None:
+    """Writes `found` to `folder` as sharded safetensors with their index; goes on where an earlier run stopped.
+
+    `progress` is told the share of bytes written.
+    """
+    total = max(1, sum(piece.nbytes for piece in found))
+    shards: list[list[Piece]] = [[]]
+    size = done = 0
+    for piece in found:
+        if shards[-1] and size + piece.nbytes > SHARD_BYTES:
             shards.append([])
             size = 0
-        shards[-1].append(part)
-        size += part.num_bytes
-    done, places = 0, {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file({part.name: part.assembled() for part in shard}, folder / file, metadata={"format": "pt"})
-        places |= {part.name: file for part in shard}
-        done += sum(part.num_bytes for part in shard)
+        shards[-1].append(piece)
+        size += piece.nbytes
+
+    def wrote(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
         progress(done / total)
+
+    places = {}
+    for number, shard in enumerate(shards, start=1):
+        file = folder / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        streaming.write(file, shard, wrote)
+        streaming.finish(file)
+        places |= {piece.name: file.name for piece in shard}
+    for name in set(places.values()):
+        streaming.forget_sums(folder / name)
     index = {"metadata": {"total_size": total}, "weight_map": places}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    (folder / INDEX).write_text(json.dumps(index), encoding="utf-8")
