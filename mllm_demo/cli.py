@@ -13,7 +13,15 @@ from typing import NoReturn, TextIO
 from mllm_demo.chat.events import LoadProgress
 from mllm_demo.errors import DemoError, SettingsError
 from mllm_demo.models.catalog import presets
-from mllm_demo.settings import DEVICES, QUANTIZATIONS, ModelChoice, Sampling, Settings
+from mllm_demo.settings import (
+    AWAKER_GATES,
+    DEVICES,
+    EXPERT_QUANTIZATIONS,
+    QUANTIZATIONS,
+    ModelChoice,
+    Sampling,
+    Settings,
+)
 
 EXIT_FAILURE = 2
 BAR_WIDTH = 24
@@ -62,6 +70,22 @@ def add_model_flags(parser: argparse.ArgumentParser, environ: Mapping[str, str])
         choices=QUANTIZATIONS,
         default=choice.quantization,
         help="how the base model's weights are held",
+    )
+    add_flag(
+        parser,
+        environ,
+        "expert-quantization",
+        choices=EXPERT_QUANTIZATIONS,
+        default=choice.expert_quantization,
+        help="how a MoE-LoRA adapter's experts are held; auto: nf4 beside an nf4 base, from 1 GB on",
+    )
+    add_flag(
+        parser,
+        environ,
+        "awaker-gate",
+        choices=AWAKER_GATES,
+        default=choice.awaker_gate,
+        help="of an Awaker model: original chooses anew for the answer, steady keeps the prompt's choice",
     )
     add_flag(parser, environ, "device", choices=DEVICES, default=choice.device, help="where the model runs")
     add_flag(
@@ -132,7 +156,9 @@ def settings_from(arguments: argparse.Namespace) -> Settings:
             arguments.adapter,
             arguments.quantization,
             arguments.device,
-            arguments.moe_llava_noise,
+            moe_llava_noise=arguments.moe_llava_noise,
+            expert_quantization=arguments.expert_quantization,
+            awaker_gate=arguments.awaker_gate,
         ),
         sampling=Sampling(
             max_new_tokens=arguments.max_new_tokens,

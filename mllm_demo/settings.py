@@ -10,6 +10,8 @@ from mllm_demo.errors import SettingsError
 
 QUANTIZATIONS = ("nf4", "fp4", "int8", "none")
 DEVICES = ("auto", "cuda", "cpu")
+EXPERT_QUANTIZATIONS = ("auto", "nf4", "none")
+AWAKER_GATES = ("original", "steady")
 DEFAULT_MODEL = "bundled"
 
 
@@ -41,6 +43,9 @@ class ModelChoice:
     """What to load. `model`: preset name, local folder or hub id; `adapter`: folder, hub id or None.
 
     `moe_llava_noise`: MoE-LLaVA models draw their second expert with noise, as the original does.
+    `expert_quantization`: how a MoE-LoRA adapter's experts are held; "auto": in NF4 where the base is and they would
+    take more than a gigabyte. `awaker_gate`: whether an Awaker model makes its second choice, for the answer, as the
+    original does, or keeps the prompt's ("steady").
     """
 
     model: str = DEFAULT_MODEL
@@ -48,6 +53,8 @@ class ModelChoice:
     quantization: str = "nf4"
     device: str = "auto"
     moe_llava_noise: bool = False
+    expert_quantization: str = "auto"
+    awaker_gate: str = "original"
 
     def __post_init__(self) -> None:
         _check(bool(self.model.strip()), "model must be a preset, a folder or a hub id, not an empty string.")
@@ -56,6 +63,14 @@ class ModelChoice:
             f"quantization must be one of {', '.join(QUANTIZATIONS)}, not {self.quantization!r}.",
         )
         _check(self.device in DEVICES, f"device must be one of {', '.join(DEVICES)}, not {self.device!r}.")
+        _check(
+            self.expert_quantization in EXPERT_QUANTIZATIONS,
+            f"expert quantization must be one of {', '.join(EXPERT_QUANTIZATIONS)}, not {self.expert_quantization!r}.",
+        )
+        _check(
+            self.awaker_gate in AWAKER_GATES,
+            f"awaker gate must be one of {', '.join(AWAKER_GATES)}, not {self.awaker_gate!r}.",
+        )
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 It knows nothing of hubs or devices. Importing `mllm_demo.moe_lora` registers our method with PEFT.
 """
 
+import math
 import warnings
 from pathlib import Path
 
@@ -12,11 +13,28 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from mllm_demo.errors import AdapterError
+from mllm_demo.models.catalog import NF4_BYTES_PER_WEIGHT
 from mllm_demo.models.fetching import ADAPTER_WEIGHTS
 from mllm_demo.moe_lora import MoeLoraConfig
 
 # PEFT asks transformers for an attribute under its old name; nothing that a user could act on.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+
+
+def adapter_bytes(folder: Path, name: str, experts_in_4bit: bool, dtype: torch.dtype) -> int:
+    """Bytes that a MoE-LoRA in `folder` takes in a model of `dtype`, from its shapes alone; 0 for other adapters."""
+    config = read_config(folder, name)
+    if not isinstance(config, MoeLoraConfig):
+        return 0
+    blocks = (config.num_experts + config.use_shared_expert) * config.r
+    total = 0
+    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as weights:
+        for key in weights.keys():  # noqa: SIM118 (not a mapping)
+            shape = weights.get_slice(key).get_shape()
+            stacked = len(shape) == 2 and blocks == shape[0 if key.endswith("lora_A") else 1]
+            whole = dtype.itemsize if config.adapter_dtype == "model" else 4
+            total += round(math.prod(shape) * ((NF4_BYTES_PER_WEIGHT if experts_in_4bit else whole) if stacked else 4))
+    return total
 
 
 def describe(name: str, config: PeftConfig) -> str:
@@ -40,8 +58,13 @@ def read_config(folder: Path, name: str) -> PeftConfig:
         ) from error
 
 
-def attach(model: PreTrainedModel, folder: Path, name: str) -> PeftModel:
+def attach(
+    model: PreTrainedModel, folder: Path, name: str, *, experts_in_4bit: bool = False, steady: bool = False
+) -> PeftModel:
     """Returns `model` with the adapter in `folder` active and frozen.
+
+    Of a MoE-LoRA, `experts_in_4bit` packs the experts as NF4, one by one as they are read; `steady` keeps the
+    prompt's choice while decoding where the adapter would make a second one.
 
     Raises `AdapterError` when the file is damaged, a target module or shape does not fit, or any of the
     adapter's tensors found no place or was not in the file.
@@ -54,10 +77,15 @@ def attach(model: PreTrainedModel, folder: Path, name: str) -> PeftModel:
             f"{ADAPTER_WEIGHTS} of {name} is damaged; fetch or save the adapter again."
         ) from error
     config = read_config(folder, name)
+    options = {"torch_device": str(model.device)}
+    if isinstance(config, MoeLoraConfig):
+        config.experts_in_4bit = experts_in_4bit
+        config.decode_choice = "kept" if steady else config.decode_choice
+        if experts_in_4bit or config.adapter_dtype == "model":
+            # Weights stay in the mapped file until each one is moved to its place.
+            options = {"torch_device": "cpu", "low_cpu_mem_usage": True}
     try:
-        adapted = PeftModel.from_pretrained(
-            model, str(folder), config=config, is_trainable=False, torch_device=str(model.device)
-        )
+        adapted = PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=False, **options)
     except torch.cuda.OutOfMemoryError:
         raise
     except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:

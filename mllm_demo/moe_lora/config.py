@@ -82,6 +82,9 @@ class MoeLoraConfig(PeftConfig):
         adapter_dtype (`str`):
             What experts and routers are kept and multiplied in: "float32", or the "model"'s own. Plain LoRA
             is float32 either way.
+        experts_in_4bit (`bool`):
+            Packs the experts' weights as NF4 while an adapter is loaded, which must be with
+            `low_cpu_mem_usage=True`; they then serve inference only and unpack to the model's dtype.
         init_lora_weights (`bool`): True: A as in LoRA, B zeros. False: B small and random (for tests).
     """
 
@@ -123,6 +126,7 @@ class MoeLoraConfig(PeftConfig):
     router_softmax_dtype: str = field(default="float32", metadata={"help": "'float32' or 'float16'."})
     adapter_dtype: str = field(default="float32", metadata={"help": "'float32' or 'model'."})
     router_aux_loss_coef: float = field(default=0.01, metadata={"help": "Weight of the balance loss."})
+    experts_in_4bit: bool = field(default=False, metadata={"help": "Hold loaded experts as NF4."})
     init_lora_weights: bool = field(
         default=True, metadata={"help": "B zeros (True) or small random (False)."}
     )

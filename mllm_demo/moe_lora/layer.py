@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .config import MoeLoraConfig
-from .four_bit import is_four_bit, linear
+from .four_bit import is_four_bit, linear, pack
 from .router import RouterSite
 
 MERGE_REFUSED = (
@@ -35,7 +35,7 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("lora_A", "lora_B", "lora_router")
     # PEFT looks it up in every forward; found on the class, it costs nothing.
     cast_input_dtype_enabled = True
-    other_param_names = ("r", "scaling", "num_experts", "dropout_p", "kept_dtype", "router_sites")
+    other_param_names = ("r", "scaling", "num_experts", "dropout_p", "kept_dtype", "packed", "router_sites")
 
     def __init__(
         self,
@@ -53,6 +53,7 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
         self.num_experts: dict[str, int] = {}  # routed ones; 0 in a plain module
         self.dropout_p: dict[str, float] = {}
         self.kept_dtype: dict[str, torch.dtype | None] = {}  # None: as PEFT keeps adapters
+        self.packed: dict[str, bool] = {}  # whether real weights are to be held in 4 bit
         self.router_sites: dict[str, RouterSite] = {}
         self.lora_A = nn.ParameterDict({})
         self.lora_B = nn.ParameterDict({})
@@ -74,8 +75,11 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
         self.num_experts[adapter_name] = 0 if plain else config.num_experts
         self.dropout_p[adapter_name] = config.lora_dropout
         self.kept_dtype[adapter_name] = dtype
-        self.lora_A[adapter_name] = nn.Parameter(torch.empty(num_blocks * r, self.in_features, dtype=dtype))
-        self.lora_B[adapter_name] = nn.Parameter(torch.empty(self.out_features, num_blocks * r, dtype=dtype))
+        self.packed[adapter_name] = config.experts_in_4bit and not plain
+        # Weights that will be packed exist only once they are loaded.
+        kind = {"dtype": dtype, "device": "meta" if self.packed[adapter_name] else None}
+        self.lora_A[adapter_name] = nn.Parameter(torch.empty(num_blocks * r, self.in_features, **kind))
+        self.lora_B[adapter_name] = nn.Parameter(torch.empty(self.out_features, num_blocks * r, **kind))
         # The bound depends on in_features alone, so the stack is initialised as each expert would be.
         nn.init.kaiming_uniform_(self.lora_A[adapter_name], a=math.sqrt(5))
         if config.init_lora_weights:
@@ -143,10 +147,18 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
             super()._move_adapter_to_device_of_base_layer(adapter_name, device)
             return
         device = device or self.get_base_layer().weight.device
-        for held in (self.lora_A, self.lora_B, self.lora_router):
-            item = held[adapter_name] if adapter_name in held else None
-            if item is not None and not any(p.is_meta for p in held.parameters()):
-                held[adapter_name] = item.to(device, dtype)
+        for held in (self.lora_A, self.lora_B):
+            weight = held[adapter_name]
+            if weight.is_meta or is_four_bit(weight):
+                continue
+            if self.packed[adapter_name]:
+                held[adapter_name] = pack(weight, dtype, device)
+            else:
+                moved = weight.detach().to(device, dtype)
+                held[adapter_name] = nn.Parameter(moved, requires_grad=weight.requires_grad)
+        router = self.lora_router[adapter_name] if adapter_name in self.lora_router else None
+        if router is not None and not router.weight.is_meta:
+            router.to(device, router.kept_dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ValueError(MERGE_REFUSED)

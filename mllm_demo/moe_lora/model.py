@@ -114,12 +114,14 @@ class MoeLoraModel(BaseTuner):
 
     def _kept_dtype(self, config: MoeLoraConfig, plain: bool) -> torch.dtype | None:
         """What an adapter's weights are kept in; None: whatever PEFT casts them to."""
-        if config.adapter_dtype != "model":
-            return None
-        return torch.float32 if plain else self.model.get_input_embeddings().weight.dtype
+        in_model_dtype = config.adapter_dtype == "model" or config.experts_in_4bit
+        if plain or not in_model_dtype:
+            return torch.float32 if in_model_dtype else None
+        return self.model.get_input_embeddings().weight.dtype
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        if self.peft_config[adapter_name].adapter_dtype != "model":
+        config = self.peft_config[adapter_name]
+        if config.adapter_dtype != "model" and not config.experts_in_4bit:
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
             return
         for module in self.model.modules():
@@ -149,11 +151,13 @@ class MoeLoraModel(BaseTuner):
                     block=self._block(key, config.router_scope),
                     adapter_name=adapter_name,
                 )
+            if config.adapter_dtype == "model":
+                router.kept_dtype = self._kept_dtype(config, plain=False)
             device = owner.get_base_layer().weight.device
             if router.weight.is_meta:
                 router.empty_gate = router.empty_gate.to(device)
             else:
-                router.to(device, self._kept_dtype(config, plain=False))
+                router.to(device, router.kept_dtype)
             router.requires_grad_(trainable).train(owner.training)
             owner.lora_router[adapter_name] = router
             site = RouterSite(router, config.r, self._state, in_decoder=self._in_decoder(key))

@@ -77,6 +77,7 @@ class MoeLoraRouter(nn.Module):
         self.router_input = config.router_input
         self.decode_choice = config.decode_choice
         self.in_features = in_features
+        self.kept_dtype = torch.float32
         self.complement = config.use_shared_expert and config.shared_expert_weighting == "complement"
         self.norm_topk_prob = config.norm_topk_prob
         self.noise_std = config.router_noise_std
