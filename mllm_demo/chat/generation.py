@@ -18,6 +18,7 @@ from mllm_demo.chat.layout import decoded_tokens, image_token_id, prompt_tokens
 from mllm_demo.chat.messages import Conversation
 from mllm_demo.chat.prompt import Prompt, make_prompt
 from mllm_demo.chat.provenance import outcome, provenance, trace_image
+from mllm_demo.chat.region import routed_region
 from mllm_demo.chat.worker import in_worker
 from mllm_demo.errors import DemoError, GenerationError, GenerationTimeout
 from mllm_demo.models.loading import LoadedModel
@@ -104,7 +105,7 @@ def _answer(
         extra = 1 if tap.sites else 0
         config = _generation_config(loaded, sampling, prompt.max_new_tokens + extra)
         cuda = [loaded.device] if loaded.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=cuda):
+        with torch.random.fork_rng(devices=cuda), routed_region(loaded, prompt):
             torch.manual_seed(sampling.seed)
             loaded.model.generate(
                 **prompt.inputs, generation_config=config, stopping_criteria=StoppingCriteriaList([listener])

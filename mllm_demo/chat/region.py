@@ -5,13 +5,18 @@ token that ends the turn. Where that is empty, because the pictures come in a la
 counts; the original fails there. Every token id comes from the chat template, the tokenizer or the configuration.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from mllm_demo.chat.layout import image_token_id
 from mllm_demo.chat.messages import Conversation, Message, to_chat_template
+from mllm_demo.chat.prompt import Prompt
 from mllm_demo.errors import CheckpointError
+from mllm_demo.models.loading import LoadedModel
+from mllm_demo.moe_lora import MoeLoraModel
 
 # What stands between the token that opens a turn and what the user says: the role. Its line end is in the region.
 HEADER = 2
@@ -66,6 +71,19 @@ def first_user_turn(input_ids: torch.Tensor, marks: Markers) -> torch.Tensor:
     position = torch.arange(input_ids.shape[1], device=input_ids.device)
     bounds = torch.tensor(rows, device=input_ids.device)
     return ((position >= bounds[:, :1]) & (position < bounds[:, 1:])).long()
+
+
+@contextmanager
+def routed_region(loaded: LoadedModel, prompt: Prompt) -> Iterator[None]:
+    """Tells the routers of an adapter that chooses by the first turn which tokens of `prompt` those are."""
+    tuner = getattr(loaded.model, "base_model", None)
+    configs = tuner.peft_config.values() if isinstance(tuner, MoeLoraModel) else ()
+    if all(config.prompt_region != "first_user_turn" for config in configs):
+        yield
+        return
+    marks = markers(loaded.processor, loaded.model.config, prompt.messages)
+    with tuner.routing_context(prompt_mask=first_user_turn(prompt.inputs["input_ids"], marks)):
+        yield
 
 
 def _row(ids: list[int], marks: Markers) -> tuple[int, int]:

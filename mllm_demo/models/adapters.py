@@ -29,7 +29,7 @@ def adapter_bytes(folder: Path, name: str, experts_in_4bit: bool, dtype: torch.d
     blocks = (config.num_experts + config.use_shared_expert) * config.r
     total = 0
     with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as weights:
-        for key in weights.keys():  # noqa: SIM118 (not a mapping)
+        for key in weights.keys():
             shape = weights.get_slice(key).get_shape()
             stacked = len(shape) == 2 and blocks == shape[0 if key.endswith("lora_A") else 1]
             whole = dtype.itemsize if config.adapter_dtype == "model" else 4

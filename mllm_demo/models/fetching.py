@@ -27,8 +27,10 @@ Progress = Callable[[LoadProgress], None]
 
 DESCRIPTIONS = ("*.json", "*.txt", "*.model", "*.jinja")
 WEIGHTS = ("*.safetensors",)
+PICKLED = ("pytorch_model*.bin",)
 # Copies of the same weights for other runtimes.
 IGNORED = ("onnx/*", "original/*", "consolidated*.safetensors")
+HASHED_AT_ONCE = 16 * 2**20
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -137,7 +139,8 @@ def _from_hub(name: str, patterns: tuple[str, ...], cache_dir: Path, progress: P
     return Files(folder, folder.name)
 
 
-def _local(name: str, error: type[LoadError], what: str) -> Path | None:
+def local_folder(name: str, error: type[LoadError], what: str) -> Path | None:
+    """The folder that `name` is, None where it may be a hub id; raises `error` for a path that is no folder."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder.resolve()
@@ -150,13 +153,13 @@ def _local(name: str, error: type[LoadError], what: str) -> Path | None:
 
 def fetch_files(name: str, patterns: tuple[str, ...], cache_dir: Path, progress: Progress) -> Files:
     """A local folder as it is, or the files of a hub id that match `patterns`; raises `LoadError`."""
-    folder = _local(name, CheckpointError, "model")
+    folder = local_folder(name, CheckpointError, "model")
     return Files(folder, digest(folder)) if folder else _from_hub(name, patterns, cache_dir, progress)
 
 
 def fetch_descriptions(name: str, cache_dir: Path, progress: Progress) -> Files:
     """Configuration, tokenizer and processor files of a folder or hub id: small, enough to judge the model by."""
-    folder = _local(name, CheckpointError, "model")
+    folder = local_folder(name, CheckpointError, "model")
     if folder is None and "/" not in name:
         raise CheckpointError(
             f"{name!r} is no preset, no folder and no hub id (owner/name); see --help for the presets."
@@ -181,7 +184,7 @@ def fetch_weights(name: str, cache_dir: Path, progress: Progress) -> Files:
 
 def fetch_adapter(name: str, cache_dir: Path, progress: Progress) -> Files:
     """A PEFT adapter's folder; raises `AdapterError` when it is not one or is pickled."""
-    folder = _local(name, AdapterError, "adapter")
+    folder = local_folder(name, AdapterError, "adapter")
     if folder is None and "/" not in name:
         raise AdapterError(
             f"The adapter {name!r} is no folder and no hub id (owner/name); check the spelling."
@@ -194,5 +197,7 @@ def fetch_adapter(name: str, cache_dir: Path, progress: Progress) -> Files:
             f"{name} holds no {ADAPTER_WEIGHTS}; pickled adapters are not read, save it as safetensors."
         )
     content = hashlib.sha256((folder / ADAPTER_CONFIG).read_bytes())
-    content.update((folder / ADAPTER_WEIGHTS).read_bytes())
+    with (folder / ADAPTER_WEIGHTS).open("rb") as weights:
+        while piece := weights.read(HASHED_AT_ONCE):
+            content.update(piece)
     return Files(folder, f"sha256:{content.hexdigest()[:16]}")

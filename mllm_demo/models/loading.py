@@ -1,7 +1,7 @@
 """From a choice to a model that answers: fetched files, quantized weights, adapter, processor.
 
 `fetch` brings every file to this machine and judges whether the model can run here; `load` puts it into memory.
-It knows nothing of chats, pages or routing. Remote code is never run and pickles are never read.
+It knows nothing of chats, pages or routing. Remote code is never run, and of a pickle nothing but tensors is read.
 """
 
 import gc
@@ -26,6 +26,7 @@ from mllm_demo.chat.events import LoadProgress
 from mllm_demo.errors import CheckpointError, LoadError, OutOfMemoryError
 from mllm_demo.models import adapters, catalog, fetching, memory, quantize
 from mllm_demo.models.bundled import weights as bundled_weights
+from mllm_demo.models.checkpoints import awaker
 from mllm_demo.models.fetching import Progress, monotone
 from mllm_demo.models.moe_llava import fetch as moe_llava
 from mllm_demo.models.moe_llava.model import set_noise
@@ -34,6 +35,7 @@ from mllm_demo.models.progress import bars_as_progress
 from mllm_demo.settings import ModelChoice
 
 FETCH_SHARE = 0.5  # of the progress bar, when nothing is in the cache yet
+LARGE_EXPERTS_BYTES = 10**9  # from which on experts are held in 4 bit unless something else was asked for
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,12 @@ def _read_config(folder: Path, title: str) -> PretrainedConfig:
 
 
 def _check_memory(
-    folder: Path, config: PretrainedConfig, title: str, quantization: str, device: torch.device
+    folder: Path,
+    config: PretrainedConfig,
+    title: str,
+    quantization: str,
+    device: torch.device,
+    adapter_bytes: int = 0,
 ) -> None:
     """Raises `OutOfMemoryError` before anything is allocated.
 
@@ -102,7 +109,7 @@ def _check_memory(
         need = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     else:
         need = memory.estimate_bytes(config, quantization, quantize.compute_dtype(device))
-    memory.check_fits(title, need, device, memory.free_bytes(device))
+    memory.check_fits(title, need + adapter_bytes, device, memory.free_bytes(device))
 
 
 def fetch(choice: ModelChoice, cache_dir: Path | None, progress: Progress) -> ResolvedModel:
@@ -129,6 +136,11 @@ def fetch(choice: ModelChoice, cache_dir: Path | None, progress: Progress) -> Re
         if adapter is None:
             adapter = fetching.fetch_adapter(str(bundled_weights.ADAPTER), cache_dir, progress)
             adapter_name = f"{entry.name} adapter"
+    elif (original := _fetch_original(source, entry, cache_dir, monotone(progress, 0.05, 1.0))) is not None:
+        files = fetching.Files(original.base, fetching.digest(original.base))
+        if adapter is None:
+            adapter = fetching.Files(original.adapter, f"sha256:{original.adapter_sha256[:16]}")
+            adapter_name = f"{title} experts"
     else:
         files = fetching.fetch_descriptions(source, cache_dir, monotone(progress, 0.05, 0.1))
         _check_memory(files.folder, _read_config(files.folder, title), title, choice.quantization, device)
@@ -147,6 +159,33 @@ def fetch(choice: ModelChoice, cache_dir: Path | None, progress: Progress) -> Re
         adapter_folder=adapter.folder if adapter else None,
         adapter_revision=adapter.revision if adapter else None,
     )
+
+
+def _fetch_original(
+    source: str, entry: catalog.CatalogueEntry | None, cache_dir: Path, progress: Progress
+) -> awaker.Converted | None:
+    """Base and adapter of an original that is one state dict, converted into the cache; None for any other model."""
+    folder = fetching.local_folder(source, CheckpointError, "model")
+    if folder is None and not (entry and entry.described_by):
+        return None
+    if folder is not None and not awaker.is_checkpoint(folder):
+        return None
+    described, weights_only = folder, folder is None or not (folder / "config.json").is_file()
+    if weights_only:
+        base = catalog.AWAKER.described_by
+        described = fetching.fetch_descriptions(base, cache_dir, monotone(progress, 0.0, 0.02)).folder
+    if folder is None:
+        wanted = (*fetching.DESCRIPTIONS, *fetching.WEIGHTS, *fetching.PICKLED)
+        folder = fetching.fetch_files(source, wanted, cache_dir, monotone(progress, 0.02, 0.5)).folder
+    return awaker.prepare(folder, cache_dir, monotone(progress, 0.5, 1.0), descriptions=described)
+
+
+def _experts_in_4bit(resolved: ResolvedModel, quantization: str, dtype: torch.dtype) -> bool:
+    wanted = resolved.choice.expert_quantization
+    if wanted != "auto" or quantization != "nf4" or resolved.adapter_folder is None:
+        return wanted == "nf4"
+    whole = adapters.adapter_bytes(resolved.adapter_folder, resolved.adapter_name, False, dtype)
+    return whole >= LARGE_EXPERTS_BYTES
 
 
 @contextmanager
@@ -244,14 +283,25 @@ def load_resolved(resolved: ResolvedModel, progress: Progress) -> LoadedModel:
     progress = monotone(progress)
     progress(LoadProgress(0.0, f"Opening {resolved.title}"))
     config = _read_config(resolved.folder, resolved.title)
-    _check_memory(resolved.folder, config, resolved.title, resolved.choice.quantization, device)
+    dtype = quantize.compute_dtype(device)
+    experts_in_4bit = _experts_in_4bit(resolved, resolved.choice.quantization, dtype)
+    beside = 0
+    if resolved.adapter_folder is not None:
+        beside = adapters.adapter_bytes(resolved.adapter_folder, resolved.adapter_name, experts_in_4bit, dtype)
+    _check_memory(resolved.folder, config, resolved.title, resolved.choice.quantization, device, beside)
     processor = load_processor(resolved.folder, config, resolved.title)
     model, quantization = _load_base(resolved, device, monotone(progress, 0.1, 0.9))
     adapter_title = None
     if resolved.adapter_folder is not None:
         progress(LoadProgress(0.9, f"Adding the adapter {resolved.adapter_name}"))
         with _memory_errors(resolved.title, device):
-            model = adapters.attach(model, resolved.adapter_folder, resolved.adapter_name).eval()
+            model = adapters.attach(
+                model,
+                resolved.adapter_folder,
+                resolved.adapter_name,
+                experts_in_4bit=experts_in_4bit,
+                steady=resolved.choice.awaker_gate == "steady",
+            ).eval()
         adapter_title = adapters.describe(resolved.adapter_name, model.active_peft_config)
     footprint = memory.measure(model)
     progress(LoadProgress(1.0, f"{resolved.title} is ready"))

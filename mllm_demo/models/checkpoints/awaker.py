@@ -8,10 +8,11 @@ killed goes on where it stopped; every file written is checksummed. It knows not
 
 import argparse
 import errno
+import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,13 +35,11 @@ from mllm_demo.models.checkpoints.awaker_layout import (
 )
 from mllm_demo.models.checkpoints.source import Entry, Source, weight_files
 from mllm_demo.models.checkpoints.streaming import Piece
+from mllm_demo.models.fetching import ADAPTER_WEIGHTS, DESCRIPTIONS, Progress
 
 BASE, ADAPTER, MANIFEST = "base", "adapter", "conversion.json"
 SHARD_BYTES = 4 * 10**9
-# What describes a model beside its weights: tokenizer, processor, chat template.
-DESCRIPTIONS = ("*.json", "*.txt", "*.model", "*.jinja")
 _NOT_COPIED = ("config.json", "adapter_config.json", MANIFEST)
-Progress = Callable[[LoadProgress], None]
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,7 @@ class Converted:
 
     base: Path | None
     adapter: Path
+    adapter_sha256: str
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -78,11 +78,10 @@ def convert(
 
     Raises `CheckpointError` for a foreign, damaged or incomplete checkpoint, and when the disk is full.
     """
-    written = Converted(None if base else out / BASE, out / ADAPTER)
     tensors_from = _identity(source, base)
     if is_done(out, tensors_from):
         progress(LoadProgress(1.0, "Already converted"))
-        return written
+        return _converted(out, base)
     title = source.name
     progress(LoadProgress(0.0, f"Reading what {title} holds"))
     tensors = Source(source)
@@ -117,7 +116,19 @@ def convert(
         reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
         raise CheckpointError(f"{out} could not be written ({reason}); make room, then start again.") from error
     progress(LoadProgress(1.0, f"{title} is converted"))
-    return written
+    return _converted(out, base)
+
+
+def prepare(source: Path, cache_dir: Path, progress: Progress, *, descriptions: Path) -> Converted:
+    """`convert` into a place of its own under `cache_dir`, named by what is converted."""
+    content = json.dumps(_identity(source, None)).encode() + (descriptions / "config.json").read_bytes()
+    name = f"{source.name}-{hashlib.sha256(content).hexdigest()[:12]}"
+    return convert(source, cache_dir / "converted" / name, progress, descriptions=descriptions)
+
+
+def _converted(out: Path, base: Path | None) -> Converted:
+    about = _manifest(out)["files"][f"{ADAPTER}/{ADAPTER_WEIGHTS}"]
+    return Converted(None if base else out / BASE, out / ADAPTER, about["sha256"])
 
 
 def is_done(out: Path, tensors_from: Mapping) -> bool:
@@ -191,7 +202,7 @@ def _plan(
         for index, shard in enumerate(shards, start=1):
             name = f"model-{index:05}-of-{len(shards):05}" if len(shards) > 1 else "model"
             files[out / BASE / f"{name}.safetensors"] = shard
-    files[out / ADAPTER / "adapter_model.safetensors"] = adapter_pieces(tensors, config, mixture)
+    files[out / ADAPTER / ADAPTER_WEIGHTS] = adapter_pieces(tensors, config, mixture)
     return files
 
 
