@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, PretrainedConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import PretrainedConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from mllm_demo.chat.events import LoadProgress
 from mllm_demo.cli import Parser, TerminalProgress, run
@@ -39,6 +40,7 @@ from mllm_demo.models.fetching import ADAPTER_WEIGHTS, DESCRIPTIONS, Progress
 
 BASE, ADAPTER, MANIFEST = "base", "adapter", "conversion.json"
 SHARD_BYTES = 4 * 10**9
+SAMPLED = 2**20
 _NOT_COPIED = ("config.json", "adapter_config.json", MANIFEST)
 
 
@@ -165,7 +167,18 @@ def _manifest(out: Path) -> dict:
 
 
 def _identity(source: Path, base: Path | None) -> dict:
-    files = [[file.name, file.stat().st_size] for file in weight_files(source)]
+    """What tells one source from another without reading it all: of each file its name, size, beginning and end.
+
+    At the end of a `torch.save` file stand the checksums of all its tensors.
+    """
+    files = []
+    for file in weight_files(source):
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            ends = stream.read(SAMPLED)
+            stream.seek(max(0, size - SAMPLED))
+            ends += stream.read()
+        files.append([file.name, size, hashlib.sha256(ends).hexdigest()])
     return {"weights": files, "with_base": base is None}
 
 
@@ -174,18 +187,21 @@ def _configuration(folder: Path) -> tuple[PretrainedConfig, dict]:
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         declared = content.pop("moe", None) or {}
-        config = AutoConfig.for_model(content.pop("model_type"), **content)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        kind = str(content.pop("model_type"))
+    except (OSError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(
-            f"{folder} holds no config.json of the base model; put the files that describe it beside "
-            "the weights, or name their folder with --config."
+            f"{folder} holds no config.json of the base model; put the files that describe it beside the weights, or "
+            "name their folder with --config."
         ) from error
-    if not isinstance(config, Qwen2VLConfig):
+    if kind != Qwen2VLConfig.model_type:
         raise CheckpointError(
-            f"The configuration in {folder} is of a {config.model_type} model, where the base of an Awaker "
-            f"checkpoint, a {Qwen2VLConfig.model_type}, belongs; name the right folder with --config."
+            f"The configuration in {folder} is of a {kind} model, where the base of an Awaker checkpoint, a "
+            f"{Qwen2VLConfig.model_type}, belongs; name the right folder with --config."
         )
-    return config, declared
+    try:
+        return Qwen2VLConfig(**content), declared
+    except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        raise CheckpointError(f"The config.json in {folder} cannot be used as it is; fetch it again.") from error
 
 
 def _plan(
