@@ -10,6 +10,8 @@ from mllm_demo.figures.style import styled
 from mllm_demo.routing.stats import load_table
 from mllm_demo.routing.trace import RoutingTrace, Site
 
+SUBTITLE = "share of the tokens that each expert served"
+
 
 def expert_load_figure(trace: RoutingTrace, sites: Sequence[Site], label: str) -> go.Figure:
     """Stacked bars of `stats.load_table` [sites, experts]; `label` names the routers ("mlp")."""
@@ -25,7 +27,8 @@ def expert_load_figure(trace: RoutingTrace, sites: Sequence[Site], label: str) -
         )
         for expert, color in enumerate(expert_colors(table.shape[1]))
     ]
-    figure = styled(go.Figure(bars), title=f"Share of the tokens each expert served · {label}", height=330)
+    figure = styled(go.Figure(bars), title=f"Expert load · {label}", subtitle=SUBTITLE, height=372)
+    figure.update_layout(margin_t=118)  # the legend takes two rows on a telephone
     figure.update_xaxes(title="layer", dtick=max(1, len(layers) // 10))
     figure.update_yaxes(title="% of tokens", range=[0, 100])
     return figure

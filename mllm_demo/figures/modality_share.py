@@ -6,29 +6,37 @@ from collections.abc import Sequence
 import numpy as np
 from plotly import graph_objects as go
 
-from mllm_demo.figures.style import styled
+from mllm_demo.figures.style import INK, LINE, styled
 from mllm_demo.routing.stats import load_by_modality
 from mllm_demo.routing.trace import RoutingTrace, Site
 
 SMALLEST_SCALE = 20
+SUBTITLE = "an expert's share of the image minus its share of the text"
+SUBTITLE_WITHIN = "what an expert serves, image and text counting alike"
 
 
 def modality_share_figure(trace: RoutingTrace, sites: Sequence[Site], label: str) -> go.Figure:
-    """Heat map [experts, sites]: share of image tokens minus share of text tokens that went to an expert, -1 to 1.
+    """Heat map [experts, sites] with two views to switch between; blue: text, orange: picture, pale: both alike.
 
-    Blue: the expert serves more of the text; orange: more of the picture; pale: both alike.
+    First the share of the image tokens minus the share of the text tokens that went to an expert, -100 to 100 points;
+    then, within an expert, the image's part of both shares, 0 to 100 % (nothing where it served neither).
     """
     experts = max((site.num_experts for site in sites), default=0)
-    table = np.full((experts, len(sites)), np.nan)
+    image, text = np.full((2, experts, len(sites)), np.nan)
     for column, site in enumerate(sites):
         load = load_by_modality(trace, site)
-        table[: site.num_experts, column] = load["image"] - load["text"]
+        image[: site.num_experts, column] = load["image"] * 100
+        text[: site.num_experts, column] = load["text"] * 100
+    between = image - text
+    both = image + text
+    within = np.divide(image, both, out=np.full_like(both, np.nan), where=both > 0) * 100
     # A scale that fits what is there, but never one that blows up differences of a few points.
-    most = max(SMALLEST_SCALE, 10 * math.ceil(np.nanmax(np.abs(table), initial=0) * 10))
+    most = max(SMALLEST_SCALE, 10 * math.ceil(np.nanmax(np.abs(between), initial=0) / 10))
     heat = go.Heatmap(
         x=[site.layer_idx for site in sites],
         y=[f"expert {expert}" for expert in range(experts)],
-        z=table * 100,
+        z=between,
+        customdata=np.stack((image, text, within), axis=-1),
         zmin=-most,
         zmax=most,
         colorscale=[[0, "#0072B2"], [0.5, "rgba(140, 145, 155, 0.12)"], [1, "#D55E00"]],
@@ -40,10 +48,43 @@ def modality_share_figure(trace: RoutingTrace, sites: Sequence[Site], label: str
         },
         xgap=1,
         ygap=1,
-        hovertemplate="layer %{x}, %{y}: %{z:+.0f} points<extra></extra>",
+        hovertemplate=(
+            "layer %{x}, %{y}: %{customdata[0]:.0f} % of the image, %{customdata[1]:.0f} % of the text"
+            "<br>within it %{customdata[2]:.0f} % image<extra></extra>"
+        ),
     )
-    title = f"Picture or text? Image share minus text share · {label}"
-    figure = styled(go.Figure(heat), title=title, height=120 + 44 * experts)
+    figure = styled(go.Figure(heat), title=f"Picture or text? · {label}", subtitle=SUBTITLE, height=178 + 44 * experts)
     figure.update_xaxes(title="layer", showgrid=False, dtick=max(1, len(sites) // 10))
     figure.update_yaxes(autorange="reversed", showgrid=False)
+    views = (("between", between, -most, most, SUBTITLE), ("within", within, 0, 100, SUBTITLE_WITHIN))
+    figure.update_layout(
+        margin_t=118,  # for the buttons
+        updatemenus=[
+            {
+                "type": "buttons",
+                "direction": "right",
+                "buttons": [
+                    {
+                        "label": name,
+                        "method": "update",
+                        "args": [
+                            {"z": [z], "zmin": low, "zmax": high, "colorbar.tickvals": [[low, (low + high) / 2, high]]},
+                            {"title.subtitle.text": subtitle},
+                        ],
+                    }
+                    for name, z, low, high, subtitle in views
+                ],
+                "x": 1,
+                "xanchor": "right",
+                "y": 1,
+                "yanchor": "bottom",
+                "pad": {"b": 8},
+                "font": {"size": 11, "color": INK},
+                "bgcolor": "rgba(0,0,0,0)",
+                "bordercolor": LINE,
+                "borderwidth": 1,
+                "showactive": False,
+            }
+        ]
+    )
     return figure

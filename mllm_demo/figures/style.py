@@ -10,19 +10,23 @@ LINE = "rgba(125, 130, 140, 0.25)"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
 
 
-def styled(figure: go.Figure, *, title: str, height: int) -> go.Figure:
+def styled(figure: go.Figure, *, title: str, subtitle: str, height: int) -> go.Figure:
+    """Both lines must fit a telephone: about 30 characters for `title`, 55 for `subtitle`."""
     figure.update_layout(
         title={
             "text": title,
             "font": {"size": 15},
-            "x": 0,
+            "subtitle": {"text": subtitle, "font": {"size": 12, "color": INK}},
+            "x": 0.01,
             "xanchor": "left",
-            "xref": "paper",
-            "y": 0.98,
+            "xref": "container",
+            "y": 1,
             "yanchor": "top",
+            "yref": "container",
+            "pad": {"t": 12},
         },
         height=height,
-        margin={"l": 54, "r": 12, "t": 76, "b": 44},
+        margin={"l": 54, "r": 12, "t": 80, "b": 44},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         font={"family": FONT, "size": 12, "color": INK},

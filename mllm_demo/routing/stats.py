@@ -124,3 +124,55 @@ def load_table(trace: RoutingTrace, sites: Sequence[Site], positions: np.ndarray
 def _shares(counts: np.ndarray) -> np.ndarray:
     """Counts divided by their sum along the last axis; zeros where the sum is zero."""
     return counts / np.maximum(counts.sum(axis=-1, keepdims=True), 1)
+
+
+@dataclass(frozen=True)
+class Pathways:
+    """The experts that tokens met from layer to layer: of each router the chosen one that weighed most.
+
+    paths        int16 [distinct, sites]       different pathways, the most frequent first
+    counts       int64 [distinct]              tokens that took each
+    image_share  float64 [distinct]            the share of those that are image tokens
+    flows        int64 [sites - 1, E, E]       tokens that went from one expert to another of the next router
+    nodes        int64 [sites, E]              tokens at each expert; E is the largest number of experts
+    """
+
+    paths: np.ndarray
+    counts: np.ndarray
+    image_share: np.ndarray
+    flows: np.ndarray
+    nodes: np.ndarray
+
+
+def token_pathways(trace: RoutingTrace, sites: Sequence[Site], positions: np.ndarray | None = None) -> Pathways:
+    """Counts the pathways of `positions` (all when None) through `sites`, which go by layer.
+
+    MoE-LLaVA (arXiv:2401.15947, figure 6) draws components of expert numbers instead; nothing is projected here.
+    """
+    positions = np.arange(len(trace.tokens)) if positions is None else positions
+    steps = _heaviest(trace, sites)[positions]  # (tokens, sites)
+    paths, which, counts = np.unique(steps, axis=0, return_inverse=True, return_counts=True)
+    image = np.isin(positions, trace.token_indices("image"))
+    images = np.bincount(which.ravel(), weights=image, minlength=len(paths))
+    order = np.argsort(-counts, kind="stable")
+    experts = max((site.num_experts for site in sites), default=1)
+    layer = np.arange(len(sites))
+    nodes = np.bincount((layer * experts + steps).ravel(), minlength=len(sites) * experts)
+    pairs = (layer[:-1] * experts + steps[:, :-1]) * experts + steps[:, 1:]
+    flows = np.bincount(pairs.ravel(), minlength=max(len(sites) - 1, 0) * experts**2)
+    return Pathways(
+        paths[order],
+        counts[order],
+        images[order] / counts[order],
+        flows.reshape(-1, experts, experts),
+        nodes.reshape(len(sites), experts),
+    )
+
+
+def _heaviest(trace: RoutingTrace, sites: Sequence[Site]) -> np.ndarray:
+    """int64 [tokens, sites]: the chosen expert with the largest routing weight, the first of equals."""
+    table = np.empty((len(trace.tokens), len(sites)), np.int64)
+    for column, site in enumerate(sites):
+        best = trace.routing_weights[site.name].argmax(axis=1)[:, None]
+        table[:, column] = np.take_along_axis(trace.selected_experts[site.name], best, axis=1)[:, 0]
+    return table

@@ -20,6 +20,7 @@ from mllm_demo.chat.images import read_picture
 from mllm_demo.errors import DemoError
 from mllm_demo.figures.expert_load import expert_load_figure
 from mllm_demo.figures.modality_share import modality_share_figure
+from mllm_demo.figures.pathways import pathways_figure
 from mllm_demo.figures.payload import PayloadStream, empty_payload
 from mllm_demo.routing.stats import site_groups
 from mllm_demo.routing.trace import RoutingTrace
@@ -34,6 +35,7 @@ POLL_S = 0.3
 MIN_UPDATE_S = 0.1
 SLOW_TICK_S = 20.0
 FAST_TICK_S = 1.0
+OVERVIEW = (expert_load_figure, modality_share_figure, pathways_figure)
 # What one answer event updates, in this order: input, chat, view, status, download, notice.
 Outputs = tuple
 SKIP = gr.skip()
@@ -234,14 +236,14 @@ class Callbacks:
         return self._overview(self._sample)
 
     def _overview(self, trace: RoutingTrace | None) -> tuple:
-        """Expert load and modality share of the first routers that choose per token; None when there are none."""
+        """Expert load, modality share and pathways of the first routers that choose per token; None without any."""
         groups = site_groups(trace).values() if trace else ()
         choosing = [sites for sites in groups if sites[0].granularity == "token"]
         if trace is None or not choosing:
-            return None, None
+            return None, None, None
         sites = next((sites for sites in choosing if sites[0].block == "mlp"), choosing[0])
         label = sites[0].block
-        return expert_load_figure(trace, sites, label), modality_share_figure(trace, sites, label)
+        return tuple(draw(trace, sites, label) for draw in OVERVIEW)
 
     # Models
 

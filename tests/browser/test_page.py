@@ -209,5 +209,6 @@ def test_the_dark_page_draws_the_views_on_dark_paper(visit, url):
 def test_the_overview_shows_load_and_modality(visit, url):
     page = visit(url)
     page.get_by_role("tab", name="Overview").click()
-    expect(page.get_by_text(re.compile("Share of the tokens"))).to_be_visible()
-    expect(page.get_by_text(re.compile("Picture or text"))).to_be_visible()
+    expect(page.get_by_text("Expert load")).to_be_visible()
+    expect(page.get_by_text("Picture or text?")).to_be_visible()
+    expect(page.get_by_text("Pathways")).to_be_visible()

@@ -5,6 +5,7 @@ import pytest
 
 from mllm_demo.figures.expert_load import expert_load_figure
 from mllm_demo.figures.modality_share import modality_share_figure
+from mllm_demo.figures.pathways import pathways_figure
 from mllm_demo.routing.trace import RoutingTrace, Site, Token, TraceImage
 
 
@@ -43,3 +44,29 @@ def test_modality_map_says_who_serves_the_picture(trace):
 def test_a_map_of_small_differences_is_not_blown_up(trace):
     heat = modality_share_figure(trace, trace.sites[1:], "mlp").data[0]
     assert (heat.zmin, heat.zmax) == (-20, 20)
+
+
+def test_the_second_view_of_the_map_is_within_an_expert(trace):
+    within = modality_share_figure(trace, trace.sites, "mlp").layout.updatemenus[0].buttons[1].args[0]
+    z = np.array(within["z"][0], float)
+    np.testing.assert_allclose(z[:2, 0], [0, 100])
+    assert z[2, 1] == 50, "all of the image and all of the text"
+    assert np.isnan(z[0, 1]), "an expert that served nothing"
+    assert (within["zmin"], within["zmax"]) == (0, 100)
+
+
+def test_pathways_show_counted_steps_and_shared_ways(trace):
+    figure = pathways_figure(trace, trace.sites, "mlp")
+    assert "4 tokens took 2 ways, at most 3 the same" in figure.layout.title.subtitle.text
+    ways = [line for line in figure.data if line.hovertemplate and "took this way" in line.hovertemplate]
+    assert len(ways) == 1, "the way of one token alone is not a shared one"
+    assert list(ways[0].y) == [1, 2] and ways[0].line.color.lower() in ("#d55e00", "rgb(213, 94, 0)")
+    assert "3 tokens (75%)" in ways[0].hovertemplate
+    steps = {line.line.color: line for line in figure.data if line.mode == "lines" and line.opacity and len(line.x)}
+    assert np.round(steps["#0072B2"].y[:2]).tolist() == [0, 2] and np.round(steps["#D55E00"].y[:2]).tolist() == [1, 2]
+    dots = figure.data[-1]
+    assert len(dots.x) == 2 + 3, "no dot for an expert that the layer does not have"
+
+
+def test_one_layer_has_no_pathways(trace):
+    assert pathways_figure(trace, trace.sites[:1], "mlp") is None

@@ -96,3 +96,44 @@ def test_loads_of_several_routers_stand_side_by_side(trace):
     assert table.shape == (2, 4)
     assert table[0] == pytest.approx(stats.expert_load(trace, ATTENTION[0]))
     assert np.isnan(table[1, 3]) and table[1, :3].sum() == pytest.approx(1)
+
+
+def routed(choices: list[list[int]], weights: list[list[float]] | None = None, experts: int = 3) -> RoutingTrace:
+    """`choices`: [tokens][routers], one expert each, or with two weights the two experts 0 and 1 of every router."""
+    k = 2 if weights else 1
+    sites = tuple(Site(f"l.{layer}.mlp", layer, "mlp", experts, k) for layer in range(len(choices[0])))
+    tokens = [Token(1, "x", m, "user", "prefill", 0 if m == "image" else None) for m in MODALITIES[: len(choices)]]
+    selected, weighed = {}, {}
+    for column, site in enumerate(sites):
+        first = np.array([row[column] for row in choices], np.int16)[:, None]
+        selected[site.name] = np.concatenate((first, 1 - first), 1) if weights else first
+        weighed[site.name] = np.array(weights, np.float16) if weights else np.ones((len(choices), 1), np.float16)
+    probs = {site.name: np.full((len(tokens), experts), 1 / experts, np.float16) for site in sites}
+    return RoutingTrace(tokens, sites, probs, selected, weighed, images=(TraceImage(b"x", 1, 1),))
+
+
+def test_pathways_are_counted():
+    trace = routed([[0, 1, 2], [2, 1, 0], [2, 1, 0], [0, 1, 2], [2, 1, 0], [0, 0, 0]])
+    ways = stats.token_pathways(trace, trace.sites)
+    assert ways.paths.tolist() == [[2, 1, 0], [0, 1, 2], [0, 0, 0]]
+    assert ways.counts.tolist() == [3, 2, 1]
+    # MODALITIES: special, three image, two text.
+    assert ways.image_share.tolist() == pytest.approx([2 / 3, 1 / 2, 0])
+    assert ways.nodes.tolist() == [[3, 0, 3], [1, 5, 0], [4, 0, 2]]
+    assert ways.flows.tolist() == [[[1, 2, 0], [0, 0, 0], [0, 3, 0]], [[1, 0, 0], [3, 0, 2], [0, 0, 0]]]
+
+
+def test_pathways_of_some_tokens():
+    trace = routed([[0, 1], [2, 1], [2, 1], [0, 1]])
+    ways = stats.token_pathways(trace, trace.sites, np.array([1, 3]))
+    assert sorted(map(tuple, ways.paths.tolist())) == [(0, 1), (2, 1)] and ways.counts.tolist() == [1, 1]
+    assert ways.image_share.tolist() == [1, 1] and ways.flows.sum() == 2
+    nothing = stats.token_pathways(trace, trace.sites, np.array([], dtype=int))
+    assert nothing.counts.tolist() == [] and nothing.flows.sum() == 0
+
+
+def test_a_pathway_goes_by_the_expert_that_weighed_most():
+    """A first choice that was dropped weighs nothing: the second one served the token."""
+    trace = routed([[0, 1], [0, 1]], weights=[[0.7, 0.3], [0.0, 1.0]], experts=2)
+    ways = stats.token_pathways(trace, trace.sites)
+    assert sorted(map(tuple, ways.paths.tolist())) == [(0, 1), (1, 0)]
