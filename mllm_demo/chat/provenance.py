@@ -30,6 +30,7 @@ def provenance(loaded: LoadedModel, messages: Conversation, sampling: Sampling) 
         "adapter_revision": loaded.adapter_revision,
         "quantization": loaded.quantization,
         "dtype": loaded.dtype,
+        "remark": loaded.remark,
         "device": str(loaded.device),
         "sampling": {
             "max_new_tokens": sampling.max_new_tokens,

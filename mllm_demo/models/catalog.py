@@ -62,6 +62,59 @@ AWAKER = CatalogueEntry(
     described_by="Qwen/Qwen2-VL-7B-Instruct",
 )
 
+MOE_LLAVA_NOTE = (
+    "Routed experts of its own. Its pickled weights are converted once, which takes their size on disk again "
+    "({disk} GB in all). Verified: tiny random models give the original's routing, logits and words in float32. Not "
+    "verified: the published weights and tokenizer files, which were not available."
+)
+MOE_LLAVA = (
+    CatalogueEntry(
+        "moe-llava-phi2",
+        "MoE-LLaVA Phi-2 2.7B x 4",
+        "LanguageBind/MoE-LLaVA-Phi2-2.7B-4e",
+        parameters=5605,
+        unquantized=261,
+        licence="research preview (Apache-2.0 code); base MIT",
+        note=MOE_LLAVA_NOTE.format(disk=24),
+    ),
+    CatalogueEntry(
+        "moe-llava-phi2-384",
+        "MoE-LLaVA Phi-2 2.7B x 4, 384 pixels",
+        "LanguageBind/MoE-LLaVA-Phi2-2.7B-4e-384",
+        parameters=5715,
+        unquantized=261,
+        licence="research preview (Apache-2.0 code); base MIT",
+        note=MOE_LLAVA_NOTE.format(disk=24),
+    ),
+    CatalogueEntry(
+        "moe-llava-stablelm",
+        "MoE-LLaVA StableLM 1.6B x 4",
+        "LanguageBind/MoE-LLaVA-StableLM-1.6B-4e",
+        parameters=3200,
+        unquantized=413,
+        licence="research preview (Apache-2.0 code); base: Stability AI's own licence",
+        note=MOE_LLAVA_NOTE.format(disk=14),
+    ),
+    CatalogueEntry(
+        "moe-llava-stablelm-384",
+        "MoE-LLaVA StableLM 1.6B x 4, 384 pixels",
+        "LanguageBind/MoE-LLaVA-StableLM-1.6B-4e-384",
+        parameters=3310,
+        unquantized=413,
+        licence="research preview (Apache-2.0 code); base: Stability AI's own licence",
+        note=MOE_LLAVA_NOTE.format(disk=15),
+    ),
+    CatalogueEntry(
+        "moe-llava-qwen",
+        "MoE-LLaVA Qwen 1.8B x 4",
+        "LanguageBind/MoE-LLaVA-Qwen-1.8B-4e",
+        parameters=3364,
+        unquantized=624,
+        licence="research preview (Apache-2.0 code); base: Tongyi Qianwen's own licence",
+        note=MOE_LLAVA_NOTE.format(disk=15),
+    ),
+)
+
 CATALOGUE = (
     CatalogueEntry(
         DEFAULT_MODEL,
@@ -163,6 +216,7 @@ CATALOGUE = (
         licence="Apache-2.0",
         note="Needs a GPU.",
     ),
+    *MOE_LLAVA,
 )
 
 

@@ -1,8 +1,12 @@
 """The catalogue names what can be loaded and what it needs, by one formula."""
 
 import pytest
+import torch
+from transformers import AutoModelForImageTextToText
 
 from mllm_demo.models import catalog
+from mllm_demo.models.moe_llava import model as _  # noqa: F401  registers its classes
+from mllm_demo.models.moe_llava.config import MoeLlavaPhiConfig, MoeLlavaQwenConfig, MoeLlavaStableLmConfig
 from mllm_demo.settings import DEFAULT_MODEL
 
 
@@ -16,6 +20,39 @@ def test_names_are_unique_and_found():
     names = [entry.name for entry in catalog.CATALOGUE]
     assert len(set(names)) == len(names)
     assert all(catalog.find(name).name == name for name in names)
+
+
+def test_the_sizes_of_the_mixtures_are_those_of_their_shapes():
+    """The shapes are those that the bases' published configurations state; the original's paper counts 5.3, 2.9 and
+    3.1 billion without the vision tower's 0.3 (arXiv:2401.15947, table 1)."""
+    shapes = {
+        "phi2": (MoeLlavaPhiConfig, 50295, 2560, 10240, 32, 32),
+        "stablelm": (MoeLlavaStableLmConfig, 100289, 2048, 5632, 24, 32),
+        "qwen": (MoeLlavaQwenConfig, 151851, 2048, 11008, 24, 16),
+    }
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    for entry in catalog.MOE_LLAVA:
+        family, *sizes = shapes[entry.name.split("-")[2]]
+        config = family.from_dict(
+            {
+                **dict(zip(names, sizes, strict=True)),
+                "num_key_value_heads": sizes[-1],
+                "image_projector_type": "mlp2x_gelu",
+                "moe": {"num_experts": [4], "moe_mode": "sparse"},
+                "mm_image_tower": "siglip" if entry.name.endswith("384") else "clip",
+            }
+        )
+        config.vision_config.vision_use_head = False
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config)
+        total = sum(parameter.numel() for parameter in model.parameters())
+        multiplied = sum(
+            module.weight.numel()
+            for name, module in model.named_modules()
+            if type(module) is torch.nn.Linear and name != "lm_head"
+        ) + sum(p.numel() for name, p in model.named_parameters() if ".experts." in name and p.ndim == 3)
+        assert round(total / 1e6) == entry.parameters
+        assert round((total - multiplied) / 1e6) == entry.unquantized
 
 
 def test_what_is_no_preset_is_not_found():

@@ -1,5 +1,7 @@
 """Sentences of the page: what a person reads in every state."""
 
+from dataclasses import replace
+
 import pytest
 
 from mllm_demo.chat.events import EngineStatus, Finished, Queued, Started
@@ -18,6 +20,11 @@ def test_the_status_line_names_model_device_share_speed_and_memory():
         "10.0 tokens/s",
         "3.0 GB",
     ]
+
+
+def test_what_is_special_about_a_model_stands_below_it():
+    assert "class=\"remark\">The noise is off.<" in status_line(replace(READY, remark="The noise is off."))
+    assert "remark" not in status_line(READY)
 
 
 def test_an_unquantized_model_does_not_boast():
@@ -51,6 +58,6 @@ def test_every_state_without_a_model_says_what_to_do_or_wait_for(state):
 
 def test_what_others_wrote_is_escaped():
     hostile = "<script>alert(1)</script>"
-    status = EngineStatus("ready", hostile, hostile, "cpu", "nf4", 0.5, 1, 1)
+    status = EngineStatus("ready", hostile, hostile, "cpu", "nf4", 0.5, 1, 1, remark=hostile)
     for markup in (status_line(status), notice(hostile), progress(0.5, hostile)):
         assert "<script>" not in markup

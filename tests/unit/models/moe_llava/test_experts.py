@@ -13,11 +13,13 @@ from mllm_demo.chat.events import Finished
 from mllm_demo.chat.images import read_picture
 from mllm_demo.chat.messages import Message
 from mllm_demo.errors import CheckpointError
+from mllm_demo.models import loading
+from mllm_demo.models.experts import ExpertWeights4bit
 from mllm_demo.models.moe_llava.config import MoePhiConfig, mixture
-from mllm_demo.models.moe_llava.experts import GatedExperts, PlainExperts, original_draw
+from mllm_demo.models.moe_llava.experts import GatedExperts, MoeLlavaBlock, PlainExperts, original_draw
 from mllm_demo.models.moe_llava.gating import capacity_of, gate
 from mllm_demo.settings import ModelChoice, Sampling, Settings
-from tests.unit.models.moe_llava.originals import moe, save_original
+from tests.unit.models.moe_llava.originals import FAMILIES, moe, save_original
 
 
 def one_by_one(experts, hidden, chosen, weights) -> torch.Tensor:
@@ -132,7 +134,7 @@ def answers(folder, noisy: bool, seeds: tuple[int, ...]) -> tuple[str, list[Fini
 
 def test_without_noise_no_seed_matters_and_dropped_choices_weigh_nothing(folder):
     remark, (one, two) = answers(folder, False, (1, 2))
-    assert "--moe-llava-noise" in remark
+    assert "--moe-llava-noise" in remark and one.trace.provenance["remark"] == remark
     assert one.trace.sites[0].has_shared_expert
     dropped = 0
     for site in one.trace.sites:
@@ -150,3 +152,20 @@ def test_with_noise_the_seed_repeats_an_answer(folder):
     name = one.trace.sites[0].name
     assert np.array_equal(one.trace.selected_experts[name], same.trace.selected_experts[name])
     assert not np.array_equal(one.trace.selected_experts[name], other.trace.selected_experts[name])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_are_held_in_four_bit_and_routers_are_not(family, tmp_path):
+    folder = save_original(tmp_path / family, family)
+    loaded = loading.load(ModelChoice(str(folder), None, "nf4", "cpu"), tmp_path / "cache", lambda step: None)
+    blocks = [module for module in loaded.model.modules() if isinstance(module, MoeLlavaBlock)]
+    assert len(blocks) == 2
+    for block in blocks:
+        assert isinstance(block.experts.down_proj, ExpertWeights4bit)
+        assert block.router.weight.is_floating_point()
+    held = sum(block.experts.down_proj.weights for block in blocks)
+    assert loaded.four_bit_share > held / loaded.parameters
+    assert loaded.four_bit_share > 0.85
+    with torch.no_grad():
+        logits = loaded.model(input_ids=torch.arange(1, 9)[None]).logits[..., :-1]
+    assert torch.isfinite(logits).all()
