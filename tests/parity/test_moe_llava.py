@@ -6,6 +6,7 @@ one has not recorded is not compared.
 """
 
 import json
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +41,8 @@ class Loaded:
     image_tokens: int
 
     def prompt(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> Tensors:
-        """`ids` [B, T] of the original as ours: each mark repeated, padding taken off and put back at the right."""
+        """`ids` [B, T] of the original as ours: each mark repeated, padding taken off and put back at the side that
+        the configuration names."""
         config = self.model.config
         mark = [config.image_token_id] * self.image_tokens
         kept = ids.new_ones(ids.shape) if mask is None else mask
@@ -50,10 +52,29 @@ class Loaded:
         ]
         length = max(len(row) for row in rows)
         pad = config.text_config.pad_token_id or 0
-        return {
-            "input_ids": torch.tensor([row + [pad] * (length - len(row)) for row in rows]),
-            "attention_mask": torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows]),
-        }
+        left = self.case.config.get("tokenizer_padding_side") == "left"
+
+        def padded(rows: list[list[int]], filler: int) -> torch.Tensor:
+            fillers = [[filler] * (length - len(row)) for row in rows]
+            pairs = zip(fillers, rows, strict=True) if left else zip(rows, fillers, strict=True)
+            return torch.tensor([first + second for first, second in pairs])
+
+        return {"input_ids": padded(rows, pad), "attention_mask": padded([[1] * len(row) for row in rows], 0)}
+
+    @contextmanager
+    def drawn(self, prefix: str):
+        """Inside the `with`, routers draw what was recorded for the run `prefix`, where anything was."""
+
+        def draw(router: MoeLlavaRouter, logits: torch.Tensor) -> torch.Tensor | None:
+            of = f"{prefix}moe.{router.layer_idx}."
+            found = next((value for name, value in self.inputs.items() if name.startswith(of)), None)
+            return found if found is not None and found.shape == logits.shape else None
+
+        set_draw(self.model, draw)
+        try:
+            yield
+        finally:
+            set_draw(self.model, None)
 
     def vocabulary(self, logits: torch.Tensor) -> torch.Tensor:
         assert torch.isneginf(logits[..., self.model.config.image_token_id]).all(), "an image token could be drawn"
@@ -154,7 +175,8 @@ def test_picture_and_text(loaded):
         features = features[:, 1:]
     torch.testing.assert_close(features, expected["vision_features"], **LOGITS)
 
-    out, decisions, blocks = record(model, lambda: model(**prompt, pixel_values=pixels, output_hidden_states=True))
+    with loaded.drawn(""):
+        out, decisions, blocks = record(model, lambda: model(**prompt, pixel_values=pixels, output_hidden_states=True))
     embeds = out.image_hidden_states.view_as(expected["image_embeds"])
     torch.testing.assert_close(embeds, expected["image_embeds"], **LOGITS)
     torch.testing.assert_close(out.hidden_states[0], expected["inputs_embeds"], **LOGITS)
@@ -170,10 +192,11 @@ def test_text_alone(loaded):
     if "text.input_ids" not in loaded.inputs:
         pytest.skip("the case has no text without a picture")
     prompt = loaded.prompt(loaded.inputs["text.input_ids"])
-    out, decisions, _ = record(loaded.model, lambda: loaded.model(**prompt))
+    with loaded.drawn("text."):
+        out, decisions, _ = record(loaded.model, lambda: loaded.model(**prompt))
+        new = generate(loaded, prompt, len(loaded.expected["text.greedy_ids"]))
     torch.testing.assert_close(loaded.vocabulary(out.logits), loaded.expected["text.prefill_logits"], **LOGITS)
     check_routing(loaded, "text.", decisions)
-    new = generate(loaded, prompt, len(loaded.expected["text.greedy_ids"]))
     assert torch.equal(new.sequences[0, prompt["input_ids"].shape[1] :], loaded.expected["text.greedy_ids"])
 
 
@@ -184,25 +207,20 @@ def test_a_batch_whose_padding_is_routed_too(loaded):
     prompt = loaded.prompt(inputs["batch.input_ids"], inputs["batch.attention_mask"])
     assert torch.equal(prompt["attention_mask"], expected["batch.merged_attention_mask"])
     pixels = inputs["batch.pixel_values"]
-    out, decisions, _ = record(loaded.model, lambda: loaded.model(**prompt, pixel_values=pixels))
+    with loaded.drawn("batch."):
+        out, decisions, _ = record(loaded.model, lambda: loaded.model(**prompt, pixel_values=pixels))
     told = prompt["attention_mask"].bool()
     torch.testing.assert_close(loaded.vocabulary(out.logits)[told], expected["batch.logits"][told], **LOGITS)
     check_routing(loaded, "batch.", decisions)
 
 
 def test_the_noise_of_the_original_when_it_is_the_recorded_one(loaded):
-    names = [name for name in loaded.inputs if name.startswith("noisy.moe.")]
-    if not names:
+    if not any(name.startswith("noisy.moe.") for name in loaded.inputs):
         pytest.skip("the case has no recorded noise")
-    kind = names[0].rpartition(".")[2]
     prompt = loaded.prompt(loaded.inputs["input_ids"])
-    set_draw(loaded.model, lambda router, logits: loaded.inputs[f"noisy.moe.{router.layer_idx}.{kind}"])
-    try:
-        out, decisions, _ = record(
-            loaded.model, lambda: loaded.model(**prompt, pixel_values=loaded.inputs["pixel_values"])
-        )
-    finally:
-        set_draw(loaded.model, None)
+    pixels = loaded.inputs["pixel_values"]
+    with loaded.drawn("noisy."):
+        out, decisions, _ = record(loaded.model, lambda: loaded.model(**prompt, pixel_values=pixels))
     torch.testing.assert_close(loaded.vocabulary(out.logits), loaded.expected["noisy.prefill_logits"], **LOGITS)
     check_routing(loaded, "noisy.", decisions)
 
@@ -227,9 +245,10 @@ def test_greedy_answer(loaded, prefix, use_cache):
     ids, logits = (loaded.expected[f"{prefix}greedy_{kind}"] for kind in ("ids", "logits"))
     prompt = loaded.prompt(loaded.inputs["input_ids"])
     pixels = loaded.inputs["pixel_values"]
-    made, decisions, _ = record(
-        loaded.model, lambda: generate(loaded, prompt, len(ids), use_cache, pixel_values=pixels)
-    )
+    with loaded.drawn(""):
+        made, decisions, _ = record(
+            loaded.model, lambda: generate(loaded, prompt, len(ids), use_cache, pixel_values=pixels)
+        )
     assert torch.equal(made.sequences[0, prompt["input_ids"].shape[1] :], ids)
     torch.testing.assert_close(loaded.vocabulary(torch.cat(made.logits)), logits, **LOGITS)
     if not use_cache:

@@ -129,8 +129,8 @@ class MoeQwenConfig(PretrainedConfig):
 class MoeLlavaConfig(LlavaConfig):
     """Base of the four families: `text_config` with its mixtures, `vision_config`, and how they are joined.
 
-    `image_projector_type`: "linear" or "mlp<N>x_gelu"; `image_aspect_ratio`: how the model was trained to see
-    pictures that are no squares, "pad" or anything else; `mm_image_tower`: the repository of the tower.
+    `image_projector_type`: "identity", "linear" or "mlp<N>x_gelu"; `image_aspect_ratio`: how the model was trained
+    to see pictures that are no squares, "pad" or anything else; `mm_image_tower`: the repository of the tower.
     """
 
     family_config: ClassVar[type[PretrainedConfig]] = PretrainedConfig

@@ -106,7 +106,7 @@ class _Experts(nn.Module):
 
     def _weighted(self, outputs: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         """The outputs of all experts [S, E, H], summed with the weights of the chosen ones."""
-        dense = outputs.new_zeros(outputs.shape[:2]).scatter_(1, top_k_index, top_k_weights.to(outputs.dtype))
+        dense = outputs.new_zeros(outputs.shape[:2]).scatter_add_(1, top_k_index, top_k_weights.to(outputs.dtype))
         return (outputs * dense[..., None]).sum(dim=1)
 
 

@@ -88,13 +88,15 @@ class MoeQwenModel(_Mixed, QwenModel):
 def _projector(config: MoeLlavaConfig) -> nn.Module:
     """From the tower's width to the decoder's; the original's names of its layers are kept."""
     seen, read = config.vision_config.hidden_size, config.text_config.hidden_size
+    if config.image_projector_type == "identity":
+        return nn.Identity()
     if config.image_projector_type == "linear":
         return nn.Linear(seen, read)
     depth = re.fullmatch(r"mlp([1-9]\d*)x_gelu", config.image_projector_type)
     if depth is None:
         raise CheckpointError(
             f"The checkpoint's connector is of kind {config.image_projector_type!r}, which this program does not "
-            "have; linear and mlp<N>x_gelu are the published ones."
+            "have; it has identity, linear and mlp<N>x_gelu."
         )
     layers: list[nn.Module] = [nn.Linear(seen, read)]
     for _ in range(1, int(depth[1])):

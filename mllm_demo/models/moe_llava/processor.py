@@ -29,8 +29,8 @@ SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-# The original's template of all four families: roles in capitals, a space after each part, and after an answer the
-# end token and no space. Pictures stand before the text of their message, each with a line of its own.
+# The original's template of all four families: roles in capitals, a space after each part, and after an answer, which
+# is trimmed, the end token and no space. Pictures stand before the text of their message, each on a line of its own.
 CHAT_TEMPLATE = (
     "{%- if messages and messages[0].role == 'system' -%}"
     "{%- set system = messages[0].content if messages[0].content is string else messages[0].content"
@@ -44,7 +44,7 @@ CHAT_TEMPLATE = (
     " | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('') -%}"
     "{%- endif -%}"
     "{%- if message.role == 'user' -%}{{- 'USER: ' + said + ' ' -}}"
-    f"{{%- else -%}}{{{{- 'ASSISTANT: ' + said + '{END_OF_ANSWER}' -}}}}{{%- endif -%}}"
+    f"{{%- else -%}}{{{{- 'ASSISTANT: ' + said | trim + '{END_OF_ANSWER}' -}}}}{{%- endif -%}}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}"
 )

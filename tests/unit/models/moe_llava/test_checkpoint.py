@@ -8,20 +8,30 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from mllm_demo import ask, cli
 from mllm_demo.errors import CheckpointError
+from mllm_demo.models import fetching
+from mllm_demo.models.catalog import MOE_LLAVA, find
 from mllm_demo.models.moe_llava import checkpoint
 from mllm_demo.models.moe_llava.fetch import fetch
 from mllm_demo.routing.trace import RoutingTrace
 from tests.unit.models.moe_llava.originals import FAMILIES, FEATURES, TOWER, change_state, moe, save_original
 
 WIDE = (80, 40)
-# The command of the README, but for the preset's name, which stands for its repository.
+# The command of the README.
 COMMAND = "python -m mllm_demo.ask --model {model} --image {picture} --trace {trace}"
 QUESTION = "What is in the picture?"
+PRESETS = {
+    "moe-llava-phi2": ("moe_llava_phi", "clip", None),
+    "moe-llava-phi2-384": ("moe_llava_phi", "siglip", None),
+    "moe-llava-stablelm": ("moe_llava_stablelm", "clip", "arcade100k.tiktoken"),
+    "moe-llava-stablelm-384": ("moe_llava_stablelm", "siglip", "arcade100k.tiktoken"),
+    "moe-llava-qwen": ("moe_llava_qwen", "clip", "qwen.tiktoken"),
+}
 
 
 @pytest.fixture
@@ -46,6 +56,46 @@ def picture(tmp_path) -> Path:
 @pytest.fixture(scope="module")
 def original(tmp_path_factory) -> Path:
     return save_original(tmp_path_factory.mktemp("originals") / "phi")
+
+
+class Hub:
+    """Stands where the hub's client is: `repositories` by id, of which only the files asked for are handed out."""
+
+    def __init__(self, repositories: dict[str, Path], cache: Path):
+        self.repositories, self.cache, self.fetched = repositories, cache, []
+
+    def __call__(self, name, *, local_files_only=False, allow_patterns=(), **_) -> str:
+        here = self.cache / name.replace("/", "--")
+        wanted = [
+            path for path in self.repositories[name].iterdir() if any(path.match(pattern) for pattern in allow_patterns)
+        ]
+        if any(not (here / path.name).exists() for path in wanted):
+            if local_files_only:
+                raise LocalEntryNotFoundError("not cached")
+            here.mkdir(parents=True, exist_ok=True)
+            self.fetched.append(name)
+            for path in wanted:
+                shutil.copy(path, here)
+        return str(here)
+
+
+@pytest.mark.parametrize("preset", [entry.name for entry in MOE_LLAVA])
+def test_every_preset_answers_by_its_name_alone(run, picture, tmp_path, monkeypatch, preset):
+    family, tower, tiktoken = PRESETS[preset]
+    published = save_original(tmp_path / "published", family, tower, tiktoken=tiktoken)
+    shutil.move(published / TOWER, tmp_path / TOWER)
+    repositories = {find(preset).hub_id: published, f"openai/{TOWER}": tmp_path / TOWER}
+    hub = Hub(repositories, tmp_path / "hub")
+    monkeypatch.setattr(fetching, "snapshot_download", hub)
+    trace = tmp_path / "routing.safetensors"
+    flags = ("--cache-dir", str(tmp_path / "cache"), "--device", "cpu", "--max-new-tokens", "2", QUESTION)
+    command = COMMAND.format(model=preset, picture=picture, trace=trace)
+    status, out, err = run(command, *flags)
+    assert status == 0, err
+    assert sum(token.modality == "image" for token in RoutingTrace.load(trace).tokens) == FEATURES[tower]
+    fetched = list(hub.fetched)
+    assert set(fetched) == set(repositories)
+    assert run(command, *flags)[:2] == (0, out) and hub.fetched == fetched, "a second start fetches nothing"
 
 
 def convert(folder: Path, cache: Path, steps: list | None = None) -> Path:
