@@ -6,7 +6,7 @@ import numpy as np
 from plotly import graph_objects as go
 
 from mllm_demo.figures.palette import expert_colors
-from mllm_demo.figures.style import styled
+from mllm_demo.figures.style import few, styled
 from mllm_demo.routing.stats import load_table
 from mllm_demo.routing.trace import RoutingTrace, Site
 
@@ -29,6 +29,6 @@ def expert_load_figure(trace: RoutingTrace, sites: Sequence[Site], label: str) -
     ]
     figure = styled(go.Figure(bars), title=f"Expert load · {label}", subtitle=SUBTITLE, height=372)
     figure.update_layout(margin_t=118)  # the legend takes two rows on a telephone
-    figure.update_xaxes(title="layer", dtick=max(1, len(layers) // 10))
+    figure.update_xaxes(title="layer", tickvals=few(layers))
     figure.update_yaxes(title="% of tokens", range=[0, 100])
     return figure

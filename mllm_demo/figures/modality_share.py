@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from plotly import graph_objects as go
 
-from mllm_demo.figures.style import INK, LINE, styled
+from mllm_demo.figures.style import INK, LINE, few, styled
 from mllm_demo.routing.stats import load_by_modality
 from mllm_demo.routing.trace import RoutingTrace, Site
 
@@ -54,7 +54,7 @@ def modality_share_figure(trace: RoutingTrace, sites: Sequence[Site], label: str
         ),
     )
     figure = styled(go.Figure(heat), title=f"Picture or text? · {label}", subtitle=SUBTITLE, height=178 + 44 * experts)
-    figure.update_xaxes(title="layer", showgrid=False, dtick=max(1, len(sites) // 10))
+    figure.update_xaxes(title="layer", showgrid=False, tickvals=few([site.layer_idx for site in sites]))
     figure.update_yaxes(autorange="reversed", showgrid=False)
     views = (("between", between, -most, most, SUBTITLE), ("within", within, 0, 100, SUBTITLE_WITHIN))
     figure.update_layout(

@@ -11,7 +11,7 @@ from plotly import graph_objects as go
 from plotly.colors import sample_colorscale
 
 from mllm_demo.figures.palette import expert_colors
-from mllm_demo.figures.style import styled
+from mllm_demo.figures.style import few, styled
 from mllm_demo.routing.stats import Pathways, token_pathways
 from mllm_demo.routing.trace import RoutingTrace, Site
 
@@ -46,13 +46,13 @@ def pathways_figure(trace: RoutingTrace, sites: Sequence[Site], label: str) -> g
         go.Figure([*steps, *_shared(ways, shared, tokens), _experts(ways, sites, tokens)]),
         title=f"Pathways · {label}",
         subtitle=(
-            f"{tokens} tokens took {len(ways.counts)} ways, at most {ways.counts[0]} the same · "
+            f"{tokens} tokens, {len(ways.counts)} ways, at most {ways.counts[0]} alike · "
             f"<span style='color:{TEXT}'>text</span> <span style='color:{IMAGE}'>image</span>"
         ),
         height=136 + 62 * ways.nodes.shape[1],
     )
     experts = ways.nodes.shape[1]
-    ticks = np.arange(0, len(sites), max(1, len(sites) // 10))
+    ticks = few(range(len(sites)))
     figure.update_xaxes(
         title="layer",
         tickvals=ticks,

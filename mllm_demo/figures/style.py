@@ -3,6 +3,8 @@
 Backgrounds are transparent and inks are mid-grey, so that one figure reads on the light and on the dark page.
 """
 
+from collections.abc import Sequence
+
 from plotly import graph_objects as go
 
 INK = "#7d828c"
@@ -39,3 +41,8 @@ def styled(figure: go.Figure, *, title: str, subtitle: str, height: int) -> go.F
     figure.update_xaxes(gridcolor=LINE, zeroline=False)
     figure.update_yaxes(gridcolor=LINE, zeroline=False)
     return figure
+
+
+def few(layers: Sequence[int]) -> list[int]:
+    """Those of `layers` that an axis has room to name: ten or so, evenly apart, the first among them."""
+    return list(layers[:: max(1, len(layers) // 10)])

@@ -1,5 +1,7 @@
 """The overview figures show the shares that `routing.stats` counts."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -57,7 +59,7 @@ def test_the_second_view_of_the_map_is_within_an_expert(trace):
 
 def test_pathways_show_counted_steps_and_shared_ways(trace):
     figure = pathways_figure(trace, trace.sites, "mlp")
-    assert "4 tokens took 2 ways, at most 3 the same" in figure.layout.title.subtitle.text
+    assert "4 tokens, 2 ways, at most 3 alike" in figure.layout.title.subtitle.text
     ways = [line for line in figure.data if line.hovertemplate and "took this way" in line.hovertemplate]
     assert len(ways) == 1, "the way of one token alone is not a shared one"
     assert list(ways[0].y) == [1, 2] and ways[0].line.color.lower() in ("#d55e00", "rgb(213, 94, 0)")
@@ -70,3 +72,10 @@ def test_pathways_show_counted_steps_and_shared_ways(trace):
 
 def test_one_layer_has_no_pathways(trace):
     assert pathways_figure(trace, trace.sites[:1], "mlp") is None
+
+
+def test_layers_between_the_routers_are_not_named(trace):
+    sparse = [replace(site, layer_idx=4 * site.layer_idx) for site in trace.sites]
+    for draw in (expert_load_figure, modality_share_figure):
+        assert draw(trace, sparse, "mlp").layout.xaxis.tickvals == (0, 4)
+    assert pathways_figure(trace, sparse, "mlp").layout.xaxis.ticktext == ("0", "4")
