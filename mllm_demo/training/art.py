@@ -2,17 +2,18 @@
 
     python -m mllm_demo.training.art
 
-Sets and licences (pinned): Noto Emoji (Apache-2.0), Twemoji (CC-BY-4.0), Fluent Emoji 3D (MIT), Fontsource
-fonts (OFL-1.1). OpenMoji (CC-BY-SA-4.0) is the test style: it is rasterized for the evaluation only and its
+Sets and licences (pinned): Noto Emoji, also its first version, and FxEmojis (Apache-2.0), Twemoji and Emoji One
+(CC-BY-4.0), Fluent Emoji in 3D and flat (MIT), Fontsource fonts (OFL-1.1). OpenMoji (CC-BY-SA-4.0) is the test style: it is rasterized for the evaluation only and its
 picture is never trained on. It knows nothing of scenes or questions.
 """
 
+import hashlib
 import io
 import json
 import subprocess
 import tarfile
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -22,16 +23,23 @@ from PIL import Image
 from mllm_demo.errors import DownloadError
 
 SPRITE_SIZE = 160
-TRAIN_STYLES = ("noto", "twemoji", "fluent")
+TRAIN_STYLES = ("noto", "twemoji", "fluent", "fluent-flat", "noto-v1", "emojione", "fxemoji")
 TEST_STYLES = ("openmoji",)
 PACKAGES = {
     "noto": "@iconify-json/noto@1.2.9",
     "twemoji": "@iconify-json/twemoji@1.2.5",
     "openmoji": "@iconify-json/openmoji@1.2.29",
     "fluent": "@lobehub/fluent-emoji-3d@1.1.0",
+    "fluent-flat": "@iconify-json/fluent-emoji-flat@1.2.6",
+    "noto-v1": "@iconify-json/noto-v1@1.2.5",
+    "emojione": "@iconify-json/emojione@1.2.3",
+    "fxemoji": "@iconify-json/fxemoji@1.2.2",
 }
-TRAIN_FONTS = ("roboto", "open-sans", "lora", "nunito", "playfair-display", "oswald", "merriweather", "fira-sans")
-TEST_FONTS = ("raleway", "ubuntu")
+TRAIN_FONTS = (
+    "roboto", "open-sans", "lora", "nunito", "playfair-display", "oswald", "merriweather", "fira-sans", "inter",
+    "poppins", "montserrat", "source-serif-4", "ibm-plex-mono", "bitter", "comfortaa", "josefin-sans",
+)  # fmt: skip
+TEST_FONTS = ("raleway", "ubuntu", "pt-serif", "work-sans")
 
 # Unicode code point → the everyday name that the model learns.
 OBJECTS = {
@@ -47,16 +55,39 @@ OBJECTS = {
     "2602": "umbrella", "1f511": "key", "1f528": "hammer", "2702": "scissors", "1f4d6": "book",
     "23f0": "clock", "260e": "phone", "1f4bb": "laptop", "1f3b8": "guitar", "26bd": "ball",
     "1f381": "gift", "1f451": "crown", "1f453": "glasses", "1f45f": "shoe", "1f455": "shirt",
+    "1f345": "tomato", "1f33d": "corn", "1f346": "eggplant", "1f366": "ice cream", "1f369": "donut",
+    "1f36a": "cookie", "1f95a": "egg", "2615": "coffee", "1f414": "chicken", "1f438": "frog",
+    "1f42d": "mouse", "1f43a": "wolf", "1f98a": "fox", "1f43c": "panda", "1f428": "koala",
+    "1f433": "whale", "1f988": "shark", "1f419": "octopus", "1f980": "crab", "1f40c": "snail",
+    "1f577": "spider", "1f41c": "ant", "1f987": "bat", "1f42b": "camel", "1f992": "giraffe",
+    "1f993": "zebra", "1f411": "sheep", "1f410": "goat", "1f69a": "truck", "1f3cd": "motorcycle",
+    "1f681": "helicopter", "26fa": "tent", "1f3f0": "castle", "26ea": "church", "1f6aa": "door",
+    "1f4a1": "light bulb", "1f56f": "candle", "1f4fa": "television", "1f4f7": "camera", "1f514": "bell",
+    "1f941": "drum", "1f3ba": "trumpet", "1f3bb": "violin", "1f452": "hat", "1f9e6": "sock",
+    "1f457": "dress", "1f48d": "ring", "1f392": "backpack", "270f": "pencil", "2709": "envelope",
+    "1f388": "balloon", "1f3c6": "trophy", "1f9f8": "teddy bear", "1f916": "robot", "1f47b": "ghost",
+    "1f52d": "telescope", "1f9f2": "magnet", "2744": "snowflake", "1f308": "rainbow", "2600": "sun",
+    "1f319": "moon", "2601": "cloud", "26c4": "snowman", "1f525": "fire", "1f339": "rose",
 }  # fmt: skip
 OBJECT_NAMES = tuple(OBJECTS.values())
+# Every object is withheld in one training style, so that held-out pictures show drawings never trained on.
+HELD_OUT_STYLE = {name: TRAIN_STYLES[(3 * i + i // 7) % len(TRAIN_STYLES)] for i, name in enumerate(OBJECT_NAMES)}
 
 
 @dataclass(frozen=True)
 class Art:
-    """`sprites[style]`: uint8 `[objects, SPRITE_SIZE, SPRITE_SIZE, 4]` RGBA; `fonts[name]`: font file bytes."""
+    """`sprites[style]`: uint8 `[objects, SPRITE_SIZE, SPRITE_SIZE, 4]` RGBA; `fonts[name]`: font file bytes.
+
+    `drawn[name]`: the styles that have a drawing of the object; the others' sprites are empty.
+    """
 
     sprites: dict[str, np.ndarray]
     fonts: dict[str, bytes]
+
+    @cached_property
+    def drawn(self) -> dict[str, frozenset[str]]:
+        has = {style: sprites[..., 3].any((1, 2)) for style, sprites in self.sprites.items()}
+        return {name: frozenset(s for s in has if has[s][i]) for i, name in enumerate(OBJECT_NAMES)}
 
 
 def _npm_pack(package: str, folder: Path) -> dict[str, bytes]:
@@ -88,11 +119,15 @@ def _fit(image: Image.Image) -> np.ndarray:
     return np.asarray(canvas)
 
 
-def _rasterize_iconify(files: dict[str, bytes]) -> np.ndarray:
-    icons, chars = json.loads(files["icons.json"]), json.loads(files["chars.json"])
+def _rasterize_iconify(files: dict[str, bytes], slugs: dict[str, str]) -> np.ndarray:
+    """`slugs`: code point → icon name, for sets that do not tell it themselves; they share their names."""
+    icons, chars = json.loads(files["icons.json"]), slugs | json.loads(files.get("chars.json", b"{}"))
     sprites = []
     for code in OBJECTS:
-        slug = chars.get(code) or chars[f"{code}-fe0f"]
+        slug = chars.get(code) or chars.get(f"{code}-fe0f")
+        if slug not in icons["icons"] and slug not in icons.get("aliases", {}):
+            sprites.append(np.zeros((SPRITE_SIZE, SPRITE_SIZE, 4), np.uint8))
+            continue
         icon = icons["icons"].get(slug) or icons["icons"][icons["aliases"][slug]["parent"]]
         width, height = icon.get("width", icons.get("width", 16)), icon.get("height", icons.get("height", 16))
         body = icon["body"].replace("currentColor", "#000")
@@ -104,23 +139,31 @@ def _rasterize_iconify(files: dict[str, bytes]) -> np.ndarray:
 
 
 def _rasterize_fluent(files: dict[str, bytes]) -> np.ndarray:
-    def picture(code: str) -> bytes:
-        return files.get(f"assets/{code}.webp") or files[f"assets/{code}-fe0f.webp"]
+    def sprite(code: str) -> np.ndarray:
+        picture = files.get(f"assets/{code}.webp") or files.get(f"assets/{code}-fe0f.webp")
+        if picture is None:
+            return np.zeros((SPRITE_SIZE, SPRITE_SIZE, 4), np.uint8)
+        return _fit(Image.open(io.BytesIO(picture)))
 
-    return np.stack([_fit(Image.open(io.BytesIO(picture(code)))) for code in OBJECTS])
+    return np.stack([sprite(code) for code in OBJECTS])
 
 
 def prepare(cache: Path) -> Path:
     """Fetches and rasterizes everything into `cache/art.npz`; a second call only returns its path."""
-    target = cache / "art.npz"
+    names = repr((sorted(PACKAGES.items()), TRAIN_FONTS, TEST_FONTS, sorted(OBJECTS)))
+    target = cache / f"art-{hashlib.sha256(names.encode()).hexdigest()[:8]}.npz"
     if target.exists():
         return target
     cache.mkdir(parents=True, exist_ok=True)
-    arrays = {}
+    arrays, slugs = {}, {}
     for style, package in PACKAGES.items():
         print(f"art: {package}", flush=True)
         files = _npm_pack(package, cache)
-        arrays[f"sprite-{style}"] = _rasterize_fluent(files) if style == "fluent" else _rasterize_iconify(files)
+        if style == "fluent":
+            arrays[f"sprite-{style}"] = _rasterize_fluent(files)
+            continue
+        arrays[f"sprite-{style}"] = _rasterize_iconify(files, slugs)
+        slugs = slugs or json.loads(files["chars.json"])
     for font in TRAIN_FONTS + TEST_FONTS:
         print(f"font: {font}", flush=True)
         files = _npm_pack(f"@fontsource/{font}@5", cache)

@@ -1,27 +1,54 @@
-"""What one image token should say: a table of concepts and the language model's own input embedding of each.
+"""What every image token should say: a table of concepts, and dense targets for every cell of a scene.
 
-A cell that holds the centre of an object should look, to the language model, like the word for it; of a
-coloured shape, like the sum of its colour and its shape; of a letter, like that letter; anything else is "empty".
-It knows nothing of towers or optimizers.
+A cell that holds the centre of an object should look, to the language model, like the word for it; of a coloured shape
+or a part of a chart, like the sum of its colour and its kind; of one letter, like that letter; anything else is "empty".
+Beside that a cell should tell the box of what it centres, its letters, and the value and colour of the chart's part that
+it belongs to. It knows nothing of towers or optimizers.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from mllm_demo.training.art import OBJECT_NAMES
-from mllm_demo.training.scenes import COLOURS, LETTERS, SHAPES, Scene, Thing
+from mllm_demo.training.lettering import CHARACTERS
+from mllm_demo.training.things import COLOURS, SHAPES, Scene, Thing
 
 EMPTY = " empty"
+PARTS = ("bar", "point", "slice")
+LETTER_SLOTS = 3
+VALUE_BINS = 51  # steps of 2 % of the range
+UNKNOWN = -100  # no target: torch's cross entropy skips it
 CONCEPTS: tuple[tuple[str, ...], ...] = (
     (EMPTY,),
     *((f" {name}",) for name in OBJECT_NAMES),
-    *((f" {colour}", f" {shape}") for colour in COLOURS for shape in SHAPES),
-    *((f" {letter}",) for letter in LETTERS),
+    *((f" {colour}", f" {kind}") for colour in COLOURS for kind in (*SHAPES, *PARTS)),
+    *((letter,) for letter in CHARACTERS),
 )
 _INDEX = {words: index for index, words in enumerate(CONCEPTS)}
+_COLOUR_INDEX = {colour: index for index, colour in enumerate(COLOURS)}
+
+
+class CellTargets(NamedTuple):
+    """Targets of the cells of one picture, in reading order; `UNKNOWN` (boxes: NaN) where there is none.
+
+    centred, covered: int64 `[cells]` concept; letters: int64 `[cells, LETTER_SLOTS]` 0 none, else 1 + index into
+    `CHARACTERS`; boxes: float32 `[cells, 4]` (x0, y0, x1, y1) as shares of the picture; values, colours: int64
+    `[cells]`.
+    """
+
+    centred: np.ndarray
+    covered: np.ndarray
+    letters: np.ndarray
+    boxes: np.ndarray
+    values: np.ndarray
+    colours: np.ndarray
 
 
 def concept_of(thing: Thing) -> int:
+    if thing.kind == "letter":
+        return _INDEX[(thing.name,)]
     return _INDEX[(f" {thing.colour}", f" {thing.name}") if thing.colour else (f" {thing.name}",)]
 
 
@@ -34,15 +61,43 @@ def concept_embeddings(embeddings: torch.Tensor, tokenizer) -> torch.Tensor:
     return torch.stack([torch.stack([word(text) for text in words]).sum(0) for words in CONCEPTS])
 
 
-def cell_targets(scene: Scene, rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
-    """(concept of the thing centred in each cell, concept of the thing that covers its middle); int64 `[cells]`."""
-    height, width = scene.image.shape[:2]
-    centred, covered = np.zeros((2, rows, columns), np.int64)
-    middles_y, middles_x = (np.arange(rows) + 0.5) * height / rows, (np.arange(columns) + 0.5) * width / columns
-    for thing in scene.things:
-        concept, (x0, y0, x1, y1) = concept_of(thing), thing.box
-        inside = ((middles_y >= y0) & (middles_y < y1))[:, None] & ((middles_x >= x0) & (middles_x < x1))[None, :]
-        covered[inside] = concept
+def cell_targets(scene: Scene, side: int) -> CellTargets:
+    """What each of the `side * side` cells of the scene should tell."""
+    size, cell = scene.image.shape[0], scene.image.shape[0] / side
+    centred, covered = np.zeros((2, side, side), np.int64)
+    letters = np.zeros((side, side, LETTER_SLOTS), np.int64)
+    boxes = np.full((side, side, 4), np.nan, np.float32)
+    values, colours = np.full((2, side, side), UNKNOWN, np.int64)
+    middles = (np.arange(side) + 0.5) * cell
+
+    def inside(box) -> np.ndarray:
+        x0, y0, x1, y1 = box
+        return ((middles >= y0) & (middles < y1))[:, None] & ((middles >= x0) & (middles < x1))[None, :]
+
+    def at(thing: Thing) -> tuple[int, int]:
         x, y = thing.centre
-        centred[min(int(y * rows / height), rows - 1), min(int(x * columns / width), columns - 1)] = concept
-    return centred.ravel(), covered.ravel()
+        return min(max(int(y / cell), 0), side - 1), min(max(int(x / cell), 0), side - 1)
+
+    if scene.chart is not None:
+        for region, value, colour in zip(scene.chart.regions, scene.chart.values, scene.chart.colours, strict=True):
+            where = inside(region)
+            values[where] = round(value / scene.chart.top * (VALUE_BINS - 1))
+            if colour is not None:
+                colours[where] = _COLOUR_INDEX[colour]
+    for thing in scene.of_kind("object", "shape", "part"):
+        concept, where = concept_of(thing), at(thing)
+        covered[inside(thing.box)] = concept
+        centred[where] = concept
+        boxes[where] = np.asarray(thing.box) / size
+    held: dict[tuple[int, int], list[Thing]] = {}
+    for letter in scene.of_kind("letter"):
+        held.setdefault(at(letter), []).append(letter)
+    for where, inside_it in held.items():
+        inside_it.sort(key=lambda thing: (round(thing.centre[1] / 4), thing.centre[0]))
+        for slot, letter in enumerate(inside_it[:LETTER_SLOTS]):
+            letters[where][slot] = 1 + CHARACTERS.index(letter.name)
+        if np.isnan(boxes[where]).any():
+            # Several letters have no one word for them; the language model learns to read such cells by itself.
+            centred[where] = concept_of(inside_it[0]) if len(inside_it) == 1 else UNKNOWN
+    flat = (array.reshape(side * side, *array.shape[2:]) for array in (centred, covered, letters, boxes, values, colours))
+    return CellTargets(*flat)

@@ -1,93 +1,27 @@
-"""Renders annotated training pictures from a seed: objects, coloured shapes and words on varied backgrounds.
+"""Renders annotated training pictures from a seed: objects, shapes, text, charts and tables on varied grounds.
 
 It knows nothing of questions, models or files; the same `(seed, index, split)` is always the same picture.
 """
 
-from dataclasses import dataclass
-from io import BytesIO
-
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw
 
-from mllm_demo.training.art import OBJECT_NAMES, TEST_FONTS, TEST_STYLES, TRAIN_FONTS, TRAIN_STYLES, Art
-from mllm_demo.training.words import TEST_WORDS, TRAIN_WORDS
+from mllm_demo.training.art import HELD_OUT_STYLE, OBJECT_NAMES, TEST_FONTS, TEST_STYLES, TRAIN_FONTS, TRAIN_STYLES, Art
+from mllm_demo.training.canvas import background, damage, ink_on, plain
+from mllm_demo.training.charts import draw_chart
+from mllm_demo.training.lettering import write
+from mllm_demo.training.things import COLOURS, MAX_COUNT, SHAPES, Scene, Split, Thing
+from mllm_demo.training.words import TEST_WORDS, TRAIN_WORDS, invented
 
-COLOURS = {
-    "red": (214, 38, 38), "orange": (245, 135, 25), "yellow": (245, 215, 40), "green": (45, 155, 65),
-    "blue": (40, 90, 210), "purple": (135, 60, 180), "black": (25, 25, 28), "white": (248, 248, 248),
-}  # fmt: skip
-SHAPES = ("circle", "square", "triangle", "star")
-MAX_COUNT = 4
-# How often each kind of picture is drawn, and the largest number of letters a word has.
-KINDS = {"single": 0.1, "same": 0.27, "objects": 0.16, "shapes": 0.29, "word": 0.12, "mixed": 0.06}
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+SIZE = 288
+# How often each kind of picture is drawn.
+KINDS = {"single": 0.12, "same": 0.15, "objects": 0.2, "shapes": 0.15, "mixed": 0.07, "text": 0.13, "chart": 0.18}
 
-
-@dataclass(frozen=True)
-class Thing:
-    """One drawn thing. `kind`: object / shape / letter; `box`: (x0, y0, x1, y1) in pixels of the scene."""
-
-    kind: str
-    name: str
-    box: tuple[float, float, float, float]
-    colour: str | None = None
-
-    @property
-    def centre(self) -> tuple[float, float]:
-        return (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
-
-
-@dataclass(frozen=True)
-class Scene:
-    """`image`: uint8 `[size, size, 3]`; `word` is the text on it, if any (its letters are `things` too)."""
-
-    image: np.ndarray
-    things: tuple[Thing, ...]
-    word: str | None
-    kind: str
-
-    def of_kind(self, kind: str) -> tuple[Thing, ...]:
-        return tuple(thing for thing in self.things if thing.kind == kind)
-
-
-@dataclass(frozen=True)
-class Split:
-    """What a set of pictures may use; `name` also separates the random streams of the sets."""
-
-    name: str
-    styles: tuple[str, ...]
-    fonts: tuple[str, ...]
-    words: tuple[str, ...]
-
-
-TRAIN = Split("train", TRAIN_STYLES, TRAIN_FONTS, TRAIN_WORDS)
-# Held out: fonts and words never trained on, backgrounds drawn from another random stream.
-HELD_OUT = Split("held-out", TRAIN_STYLES, TEST_FONTS, TEST_WORDS)
-UNSEEN_STYLE = Split("unseen-style", TEST_STYLES, TEST_FONTS, TEST_WORDS)
+TRAIN = Split("train", TRAIN_STYLES, TRAIN_FONTS, TRAIN_WORDS, False)
+# Held out: drawings, fonts and words never trained on, backgrounds drawn from another random stream.
+HELD_OUT = Split("held-out", TRAIN_STYLES, TEST_FONTS, TEST_WORDS, True)
+UNSEEN_STYLE = Split("unseen-style", TEST_STYLES, TEST_FONTS, TEST_WORDS, None)
 SPLITS = {split.name: split for split in (TRAIN, HELD_OUT, UNSEEN_STYLE)}
-
-
-def _background(rng: np.random.Generator, size: int) -> Image.Image:
-    """A flat, graded, striped, blotched or noisy ground, mostly pale or dark so that things stand out."""
-    base = rng.uniform(150, 255, 3) if rng.random() < 0.7 else rng.uniform(0, 110, 3)
-    style = rng.choice(["flat", "gradient", "stripes", "blotches"], p=[0.35, 0.3, 0.15, 0.2])
-    grid = np.linspace(0, 1, size)
-    if style == "flat":
-        field = np.zeros((size, size))
-    elif style == "gradient":
-        angle = rng.uniform(0, 2 * np.pi)
-        field = np.cos(angle) * grid[None, :] + np.sin(angle) * grid[:, None]
-    elif style == "stripes":
-        angle, period = rng.uniform(0, np.pi), rng.uniform(8, 40) / size
-        field = 0.5 * ((np.cos(angle) * grid[None, :] + np.sin(angle) * grid[:, None]) % period > period / 2)
-    else:
-        small = Image.fromarray(rng.integers(0, 255, (6, 6), np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
-        field = np.asarray(small) / 255
-    tint = rng.uniform(-45, 45, 3)
-    pixels = base + field[..., None] * tint
-    if rng.random() < 0.3:
-        pixels = pixels + rng.normal(0, rng.uniform(2, 9), (size, size, 1))
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8), "RGB")
 
 
 def _places(rng: np.random.Generator, size: int, sides: list[float]) -> list[tuple[float, float]] | None:
@@ -109,7 +43,7 @@ def _places(rng: np.random.Generator, size: int, sides: list[float]) -> list[tup
 
 
 def _sides(rng: np.random.Generator, count: int, size: int) -> list[float]:
-    low, high = {1: (0.28, 0.9), 2: (0.24, 0.46), 3: (0.2, 0.38), 4: (0.19, 0.34)}[min(count, 4)]
+    low, high = {1: (0.25, 0.9), 2: (0.22, 0.46), 3: (0.2, 0.38), 4: (0.17, 0.33), 5: (0.15, 0.3)}[min(count, 5)]
     return [float(size * rng.uniform(low, high)) for _ in range(count)]
 
 
@@ -147,105 +81,136 @@ def _draw_shape(rng: np.random.Generator, canvas: Image.Image, shape: str, colou
     return (x + left, y + top, x + right, y + bottom)
 
 
-def _draw_word(rng, canvas: Image.Image, word: str, font_file: bytes, top_range: tuple[float, float]) -> list[Thing]:
-    size = canvas.width
-    pitch = size * rng.uniform(0.138, min(0.205, 0.945 / len(word)))  # at 224 pixels at least one cell a letter
-    font = ImageFont.truetype(BytesIO(font_file), round(pitch * rng.uniform(1.0, 1.25)))
-    shown = word.upper() if rng.random() < 0.75 else word.lower()
-    left = rng.uniform(size * 0.02, size * 0.98 - pitch * len(word))
-    middle = rng.uniform(*top_range)
-    ground = np.asarray(canvas).reshape(-1, 3).mean(0)
-    ink = rng.uniform(0, 255, 3)
-    while np.abs(ink - ground).max() < 110:
-        ink = rng.uniform(0, 255, 3)
-    draw, things = ImageDraw.Draw(canvas), []
-    for index, letter in enumerate(shown):
-        x = left + pitch * (index + 0.5)
-        draw.text((x, middle + font.size * 0.35), letter, font=font, fill=tuple(int(v) for v in ink), anchor="ms")
-        box = (left + pitch * index, middle - pitch / 2, left + pitch * (index + 1), middle + pitch / 2)
-        things.append(Thing("letter", letter.upper(), box))
-    return things
-
-
-def _damage(rng: np.random.Generator, image: Image.Image) -> Image.Image:
-    """Blur, brightness and JPEG damage, so that photographs are less foreign."""
-    if rng.random() < 0.25:
-        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.0)))
-    if rng.random() < 0.4:
-        levels = np.arange(256) * rng.uniform(0.75, 1.15)
-        image = image.point(levels.clip(0, 255).astype(int).tolist() * 3)
-    if rng.random() < 0.3:
-        buffer = BytesIO()
-        image.save(buffer, "JPEG", quality=int(rng.integers(35, 90)))
-        image = Image.open(buffer).convert("RGB")
-    return image
-
-
-def render(art: Art, split: Split, seed: int, index: int, size: int = 224, kind: str | None = None) -> Scene:
-    """Picture number `index` of a split; `kind` forces one of `KINDS`."""
-    rng = np.random.default_rng((seed, sum(split.name.encode()), index))
-    kind = kind or str(rng.choice(list(KINDS), p=list(KINDS.values())))
-    canvas = _background(rng, size)
-    ground = np.asarray(canvas).reshape(-1, 3).mean(0)
-    visible = [name for name, rgb in COLOURS.items() if np.abs(np.array(rgb) - ground).max() > 80]
-    things: list[Thing] = []
-    word = None
-
-    def add_objects(names: list[str], style: str | None = None) -> None:
-        corners = None
-        while corners is None:
-            sides = _sides(rng, len(names), size)
-            corners = _places(rng, size, sides)
-        for name, corner, side in zip(names, corners, sides, strict=True):
-            sprites = art.sprites[style or str(rng.choice(split.styles))]
-            box = _paste_sprite(rng, canvas, sprites[OBJECT_NAMES.index(name)], corner, side)
-            things.append(Thing("object", name, box))
-
-    def add_shapes(pairs: list[tuple[str, str]]) -> None:
-        corners = None
-        while corners is None:
-            sides = _sides(rng, max(2, len(pairs)), size)[: len(pairs)]
-            corners = _places(rng, size, sides)
-        for (colour, shape), corner, side in zip(pairs, corners, sides, strict=True):
-            things.append(Thing("shape", shape, _draw_shape(rng, canvas, shape, colour, corner, side), colour))
-
-    def some_objects(count: int) -> list[str]:
-        return [str(name) for name in rng.choice(OBJECT_NAMES, count, replace=False)]
-
-    count = int(rng.integers(1, MAX_COUNT + 1))
-    if kind == "single":
-        add_objects(some_objects(1))
-    elif kind == "same":
-        add_objects(some_objects(1) * count, str(rng.choice(split.styles)))
-    elif kind == "objects":
-        add_objects(some_objects(int(rng.integers(2, MAX_COUNT + 1))))
-    elif kind == "shapes":
-        shapes = rng.choice(SHAPES, count, replace=rng.random() < 0.5)
-        if rng.random() < 0.25:
-            shapes = np.repeat(shapes[:1], count)
-        add_shapes([(str(rng.choice(visible)), str(shape)) for shape in shapes])
-    elif kind == "mixed":
-        add_objects(some_objects(int(rng.integers(1, 3))))
-        corner = _places(rng, size, [*(t.box[2] - t.box[0] for t in things), size * 0.2])
-        if corner is not None and not _covered(corner[-1], size * 0.2, things):
-            colour, shape = str(rng.choice(visible)), str(rng.choice(SHAPES))
-            box = _draw_shape(rng, canvas, shape, colour, corner[-1], size * 0.2)
-            things.append(Thing("shape", shape, box, colour))
-    if kind == "word":
-        word = str(rng.choice(split.words))
-        with_object = rng.random() < 0.3
-        if with_object:
-            side = size * rng.uniform(0.35, 0.55)
-            corner = (rng.uniform(0, size - side), rng.uniform(0, size * 0.6 - side) if side < size * 0.6 else 0)
-            name = some_objects(1)[0]
-            box = _paste_sprite(rng, canvas, art.sprites[str(rng.choice(split.styles))][OBJECT_NAMES.index(name)],
-                                corner, side)
-            things.append(Thing("object", name, box))
-        middle = (size * 0.78, size * 0.9) if with_object else (size * 0.15, size * 0.85)
-        things.extend(_draw_word(rng, canvas, word, art.fonts[str(rng.choice(split.fonts))], middle))
-    return Scene(np.asarray(_damage(rng, canvas)), tuple(things), word, kind)
+def _sprite(rng: np.random.Generator, art: Art, split: Split, name: str) -> np.ndarray:
+    """A drawing of `name` that the split may show."""
+    withheld = HELD_OUT_STYLE[name]
+    allowed = [style for style in split.styles if style in art.drawn[name]]
+    if split.withheld is not None:
+        held = [style for style in allowed if (style == withheld) == split.withheld]
+        # Where the withheld style has no drawing of it, another style stands in, in every split.
+        allowed = held or allowed
+    return art.sprites[str(rng.choice(allowed))][OBJECT_NAMES.index(name)]
 
 
 def _covered(corner: tuple[float, float], side: float, things: list[Thing]) -> bool:
     x, y = corner
     return any(x < t.box[2] and t.box[0] < x + side and y < t.box[3] and t.box[1] < y + side for t in things)
+
+
+class _Picture:
+    """One picture being drawn."""
+
+    def __init__(self, rng: np.random.Generator, art: Art, split: Split, size: int, kind: str):
+        self.rng, self.art, self.split, self.size, self.kind = rng, art, split, size, kind
+        sheet = kind == "chart" or (kind == "text" and rng.random() < 0.4)
+        self.canvas = plain(rng, size) if sheet else background(rng, size)
+        self.ground = np.asarray(self.canvas).reshape(-1, 3).mean(0)
+        self.things: list[Thing] = []
+        self.lines: list[str] = []
+        self.chart = None
+
+    def some_objects(self, count: int) -> list[str]:
+        return [str(name) for name in self.rng.choice(OBJECT_NAMES, count, replace=False)]
+
+    def _spots(self, count: int, at_least: int = 1) -> list[tuple[tuple[float, float], float]]:
+        corners = None
+        while corners is None:
+            sides = _sides(self.rng, max(count, at_least), self.size)[:count]
+            corners = _places(self.rng, self.size, sides)
+        return list(zip(corners, sides, strict=True))
+
+    def objects(self, names: list[str], alike: bool = False) -> None:
+        sprite = _sprite(self.rng, self.art, self.split, names[0]) if alike else None
+        for name, (corner, side) in zip(names, self._spots(len(names)), strict=True):
+            drawing = sprite if alike else _sprite(self.rng, self.art, self.split, name)
+            self.things.append(Thing("object", name, _paste_sprite(self.rng, self.canvas, drawing, corner, side)))
+
+    def shapes(self, count: int) -> None:
+        rng = self.rng
+        visible = [name for name, rgb in COLOURS.items() if np.abs(np.array(rgb) - self.ground).max() > 80]
+        names = rng.choice(SHAPES, count, replace=count > len(SHAPES) or rng.random() < 0.5)
+        if rng.random() < 0.25:
+            names = np.repeat(names[:1], count)
+        for name, (corner, side) in zip(names, self._spots(count, 2), strict=True):
+            self._shape(str(rng.choice(visible)), str(name), corner, side)
+
+    def _shape(self, colour: str, name: str, corner, side: float) -> None:
+        box = _draw_shape(self.rng, self.canvas, name, colour, corner, side)
+        self.things.append(Thing("shape", name, box, colour))
+
+    def mixed(self) -> None:
+        """One or two objects and a coloured shape beside them."""
+        self.objects(self.some_objects(int(self.rng.integers(1, 3))))
+        side = self.size * 0.2
+        for _ in range(40):
+            corner = tuple(self.rng.uniform(0, self.size - side, 2))
+            if not _covered(corner, side, self.things):
+                self._shape(str(self.rng.choice(list(COLOURS)[:6])), str(self.rng.choice(SHAPES)), corner, side)
+                return
+
+    def text(self) -> None:
+        rng, size = self.rng, self.size
+        band = (0.04 * size, 0.96 * size)
+        if rng.random() < 0.25:
+            side = size * rng.uniform(0.35, 0.55)
+            name = self.some_objects(1)[0]
+            corner = (rng.uniform(0, size - side), rng.uniform(0, max(size * 0.62 - side, 1)))
+            drawing = _sprite(rng, self.art, self.split, name)
+            self.things.append(Thing("object", name, _paste_sprite(rng, self.canvas, drawing, corner, side)))
+            band = (0.68 * size, 0.97 * size)
+        roll = rng.random()
+        if roll < 0.25:
+            lines = [str(rng.integers(0, 10 ** int(rng.integers(1, 6))))]
+        elif roll < 0.85 or band[0] > size / 2:
+            lines = [self._word()]
+        else:
+            lines = [" ".join(self._word() for _ in range(rng.integers(1, 3))) for _ in range(rng.integers(1, 4))]
+        style = rng.integers(3)
+        shown = [(str.upper, str.lower, str.capitalize)[style](line) for line in lines]
+        font = self.art.fonts[str(rng.choice(self.split.fonts))]
+        ink = ink_on(rng, self.ground)
+        written, letters = write(rng, self.canvas, shown, font, band, ink)
+        self.things += letters
+        self.lines = [line.text for line in written]
+
+    def _word(self) -> str:
+        """A word of the split; in training, often one that nobody uses, so that letters are read and not guessed."""
+        if self.split.withheld is False and self.rng.random() < 0.5:
+            return invented(self.rng)
+        return str(self.rng.choice(self.split.words))
+
+    def draw_chart(self, kind: str | None) -> None:
+        font = self.art.fonts[str(self.rng.choice(self.split.fonts))]
+        ink = (20, 20, 20) if self.ground.mean() > 127 else (240, 240, 240)
+        self.chart, parts, written = draw_chart(self.rng, self.canvas, font, ink, self.split.words, kind)
+        self.things += parts
+        self.lines = [line.text for line in written]
+
+    def finish(self) -> Scene:
+        image = np.asarray(damage(self.rng, self.canvas))
+        return Scene(image, tuple(self.things), tuple(self.lines), self.chart, self.kind)
+
+
+def render(
+    art: Art, split: Split, seed: int, index: int, size: int = SIZE, kind: str | None = None, chart: str | None = None
+) -> Scene:
+    """Picture number `index` of a split; `kind` forces one of `KINDS`, `chart` the kind of chart."""
+    rng = np.random.default_rng((seed, sum(split.name.encode()), index))
+    kind = kind or str(rng.choice(list(KINDS), p=list(KINDS.values())))
+    picture = _Picture(rng, art, split, size, kind)
+    count = int(rng.integers(1, MAX_COUNT + 1))
+    if kind == "single":
+        picture.objects(picture.some_objects(1))
+    elif kind == "same":
+        picture.objects(picture.some_objects(1) * count, alike=True)
+    elif kind == "objects":
+        picture.objects(picture.some_objects(int(rng.integers(2, 6))))
+    elif kind == "shapes":
+        picture.shapes(count)
+    elif kind == "mixed":
+        picture.mixed()
+    elif kind == "text":
+        picture.text()
+    else:
+        picture.draw_chart(chart)
+    return picture.finish()

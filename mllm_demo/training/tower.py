@@ -1,41 +1,50 @@
 """Stage 0: teaches the vision tower and the connector without ever running the language model.
 
-Every cell learns which thing covers it and which is centred in it (dense heads, thrown away afterwards), and the
-connector learns to answer with the language model's own input embedding of that thing's name.
+The connector learns to answer with the language model's own input embedding of what each cell shows, and dense heads on
+its output, thrown away afterwards, make sure that the boxes, letters, values and colours are in there too.
 
-    python -m mllm_demo.training.tower --steps 800
+    python -m mllm_demo.training.tower --steps 1000
+    torchrun --nproc-per-node 2 -m mllm_demo.training.tower --threads 1
 
-Resumes from `runs/tower/last.pt`. It knows nothing of questions or experts.
+Resumes from `runs/tower/last.pt`; uses a GPU when there is one. It knows nothing of questions or experts.
 """
 
 import argparse
-import json
-import math
-import time
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from mllm_demo.models.bundled.tower import imagenet_state_dict
 from mllm_demo.training import art
 from mllm_demo.training.base import build_model, imagenet_weights
-from mllm_demo.training.concepts import CONCEPTS, cell_targets, concept_embeddings
+from mllm_demo.training.concepts import (
+    CONCEPTS,
+    LETTER_SLOTS,
+    UNKNOWN,
+    VALUE_BINS,
+    CellTargets,
+    cell_targets,
+    concept_embeddings,
+)
+from mllm_demo.training.lettering import CHARACTERS
+from mllm_demo.training.runs import Run, average_gradients, cosine, join_processes, leave_processes
 from mllm_demo.training.scenes import SPLITS, render
+from mllm_demo.training.things import COLOURS
 
-FROZEN_STAGES = 2  # edges and textures: most of the backward cost, least to learn
+FROZEN_STAGES = 3  # edges and textures: most of the backward cost, least to learn
 
 
 class Cells(Dataset):
-    """Pictures with their per-cell concepts, ready for the tower."""
+    """Pictures with what each of their cells should tell, ready for the tower."""
 
     def __init__(self, art_folder: Path, split: str, seed: int, count: int, model, processor, start: int = 0):
         self.art_folder, self.split, self.seed = art_folder, SPLITS[split], seed
         self.count, self.start = count, start
         self.image_processor = processor.image_processor
-        self.side = model.config.vision_config.image_size // model.config.vision_config.patch_size
+        self.side = model.config.vision_config.side
 
     def __len__(self) -> int:
         return self.count
@@ -43,60 +52,94 @@ class Cells(Dataset):
     def __getitem__(self, index: int):
         scene = render(art.load(self.art_folder), self.split, self.seed, self.start + index)
         pixels = self.image_processor(scene.image, return_tensors="pt").pixel_values[0]
-        centred, covered = cell_targets(scene, self.side, self.side)
-        return pixels, torch.from_numpy(centred), torch.from_numpy(covered)
+        return pixels, CellTargets(*(torch.from_numpy(array) for array in cell_targets(scene, self.side)))
 
 
 class DenseHeads(nn.Module):
-    """Loss of one batch; holds the throw-away heads and the frozen table of concept embeddings."""
+    """Losses of one batch; holds the throw-away heads and the frozen table of concept embeddings."""
 
-    def __init__(self, hidden_size: int, table: torch.Tensor):
+    def __init__(self, width: int, table: torch.Tensor):
         super().__init__()
-        self.covered = nn.Linear(hidden_size, len(CONCEPTS))
-        self.centred = nn.Linear(hidden_size, len(CONCEPTS))
+        self.sizes = (len(CONCEPTS), LETTER_SLOTS * (1 + len(CHARACTERS)), 4, VALUE_BINS, len(COLOURS))
+        self.read = nn.Linear(width, sum(self.sizes))
         self.scale = nn.Parameter(torch.tensor(10.0))
         self.register_buffer("table", table)
         weights = torch.ones(len(CONCEPTS))
         weights[0] = 0.25  # most cells are empty
         self.register_buffer("weights", weights)
+        letter_weights = torch.ones(1 + len(CHARACTERS))
+        letter_weights[0] = 0.2
+        self.register_buffer("letter_weights", letter_weights)
 
     def similarity(self, tokens: torch.Tensor) -> torch.Tensor:
-        """tokens `[..., hidden]` → scaled cosine to every concept `[..., concepts]`."""
+        """tokens `[..., width]` → scaled cosine to every concept `[..., concepts]`."""
         return self.scale * functional.normalize(tokens, dim=-1) @ functional.normalize(self.table, dim=-1).T
 
-    def forward(self, features, tokens, centred, covered) -> dict[str, torch.Tensor]:
-        def cross_entropy(logits, target):
-            return functional.cross_entropy(logits.flatten(0, 1), target.flatten(), self.weights)
+    def predictions(self, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """tokens `[B, cells, width]` → logits of concepts covered, letters, boxes, values, colours."""
+        return self.read(functional.layer_norm(tokens, tokens.shape[-1:])).split(self.sizes, dim=-1)
 
-        wanted = self.table[centred]
+    def forward(self, tokens: torch.Tensor, target: CellTargets) -> dict[str, torch.Tensor]:
+        tokens = tokens.float()
+        covered, letters, boxes, values, colours = self.predictions(tokens)
+
+        def cross_entropy(logits, wanted, weights=None):
+            if not (wanted != UNKNOWN).any():
+                return logits.sum() * 0
+            return functional.cross_entropy(logits.flatten(0, -2), wanted.flatten(), weights, ignore_index=UNKNOWN)
+
+        known = target.centred > 0
+        boxed = ~target.boxes.isnan().any(-1)
+        wanted = self.table[target.centred[known]]
         return {
-            "covered": cross_entropy(self.covered(features), covered),
-            "centred": cross_entropy(self.centred(features), centred),
-            "aligned": cross_entropy(self.similarity(tokens), centred),
-            "distance": (tokens - wanted).square().mean() / self.table.var(),
+            "covered": cross_entropy(covered, target.covered, self.weights),
+            "aligned": 2 * cross_entropy(self.similarity(tokens), target.centred, self.weights),
+            "distance": 0.1 * (tokens[known] - wanted).square().mean() / self.table.var(),
+            "letters": 2 * cross_entropy(letters.unflatten(-1, (LETTER_SLOTS, -1)), target.letters, self.letter_weights),
+            "boxes": 10 * (boxes.sigmoid()[boxed] - target.boxes[boxed]).abs().mean(),
+            "values": 0.4 * cross_entropy(values, target.values),
+            "colours": 0.4 * cross_entropy(colours, target.colours),
         }
 
 
 @torch.no_grad()
-def accuracy(model, heads: DenseHeads, loader: DataLoader) -> dict[str, float]:
-    """Share of cells named right by the connector: cells with a thing (`things`) and empty ones (`empty`)."""
-    model.eval()
-    hits = torch.zeros(2)
-    totals = torch.zeros(2)
-    for pixels, centred, _ in loader:
-        tokens = model.model.multi_modal_projector(model.model.vision_tower(pixels).last_hidden_state)
-        right = heads.similarity(tokens).argmax(-1) == centred
-        for row, mask in enumerate((centred > 0, centred == 0)):
-            hits[row] += right[mask].sum()
-            totals[row] += mask.sum()
-    things, empty = (hits / totals).tolist()
-    return {"things": round(things, 4), "empty": round(empty, 4)}
+def accuracy(see, heads: DenseHeads, loader: DataLoader, device: torch.device) -> dict[str, float]:
+    """Shares on held-out pictures: cells with a thing and empty cells named right, letters right, boxes with an
+    intersection over union of 0.5, values within 5 % of the range, colours."""
+    hits: dict[str, list[torch.Tensor]] = {}
+    for pixels, target in loader:
+        target = CellTargets(*(array.to(device) for array in target))
+        tokens = see(pixels.to(device)).float()
+        _, letters, boxes, values, colours = heads.predictions(tokens)
+        named = heads.similarity(tokens).argmax(-1) == target.centred
+        boxed = ~target.boxes.isnan().any(-1)
+        read = letters.unflatten(-1, (LETTER_SLOTS, -1)).argmax(-1) == target.letters
+        near = (values.argmax(-1) - target.values).abs() <= 0.05 * (VALUE_BINS - 1)
+        first, second = boxes.sigmoid()[boxed], target.boxes[boxed]
+        for name, right in {
+            "things": named[boxed],
+            "empty": named[target.centred == 0],
+            "letters": read[target.letters > 0],
+            "boxes": overlap(first, second) >= 0.5,
+            "values": near[target.values != UNKNOWN],
+            "colours": (colours.argmax(-1) == target.colours)[target.colours != UNKNOWN],
+        }.items():
+            hits.setdefault(name, []).append(right)
+    return {name: round(torch.cat(parts).float().mean().item(), 4) for name, parts in hits.items()}
+
+
+def overlap(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Intersection over union of boxes (x0, y0, x1, y1), `[n, 4]` each → `[n]`."""
+    low, high = torch.maximum(first[:, :2], second[:, :2]), torch.minimum(first[:, 2:], second[:, 2:])
+    shared = (high - low).clamp(min=0).prod(-1)
+    areas = [(boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(-1) for boxes in (first, second)]
+    return shared / (areas[0] + areas[1] - shared).clamp(min=1e-9)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--batch-size", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--batch-size", type=int, default=48, help="pictures a step, over all processes")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -105,71 +148,54 @@ def main() -> None:
     parser.add_argument("--base", type=Path, default=Path("runs/base"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    rank, world = join_processes()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(options.seed)
-    options.out.mkdir(parents=True, exist_ok=True)
     art.prepare(options.art)
 
     model, processor = build_model(options.base)
     table = concept_embeddings(model.get_input_embeddings().weight.detach(), processor.tokenizer)
-    tower, connector = model.model.vision_tower, model.model.multi_modal_projector
-    tower.load_state_dict(imagenet_state_dict(imagenet_weights(options.base)), strict=False)
-    heads = DenseHeads(tower.config.hidden_size, table)
-    frozen = nn.ModuleList([tower.stem, *tower.stages[:FROZEN_STAGES]])
-    frozen.requires_grad_(False)
+    tower, connector = model.model.vision_tower.to(device), model.model.multi_modal_projector.to(device)
+    missing, _ = tower.load_state_dict(imagenet_state_dict(imagenet_weights(options.base)), strict=False)
+    heads = DenseHeads(table.shape[-1], table).to(device)
+    trunk = nn.ModuleList([tower.stem, *tower.stages])
+    nn.ModuleList([tower.stem, *tower.stages[:FROZEN_STAGES]]).requires_grad_(False)
     tower.to(memory_format=torch.channels_last)
 
-    new = [*connector.parameters(), *heads.parameters(), *tower.norm.parameters()]
-    known = {id(p) for p in new}
-    old = [p for p in tower.parameters() if p.requires_grad and id(p) not in known]
+    old = [p for p in trunk.parameters() if p.requires_grad]
+    new = [*connector.parameters(), *heads.parameters(), *(p for n, p in tower.named_parameters() if n in set(missing))]
     optimizer = torch.optim.AdamW([{"params": new}, {"params": old}], lr=options.lr, weight_decay=0.02)
-    rates = (options.lr, options.lr * 0.7)
+    rates = (options.lr, options.lr * 0.5)
+    parts = {"tower": tower, "connector": connector, "heads": heads, "optimizer": optimizer}
+    run = Run(options.out, parts, options.steps, options.batch_size, rank)
 
-    step, last = 0, options.out / "last.pt"
-    if last.exists():
-        state = torch.load(last, weights_only=True)
-        tower.load_state_dict(state["tower"])
-        connector.load_state_dict(state["connector"])
-        heads.load_state_dict(state["heads"])
-        optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
-        print(f"resumed at step {step}", flush=True)
+    def see(pixels: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            features = tower(pixels.to(memory_format=torch.channels_last)).last_hidden_state
+            return connector(features)
 
-    def save() -> None:
-        parts = {"tower": tower, "connector": connector, "heads": heads, "optimizer": optimizer}
-        partial = last.with_suffix(".part")
-        torch.save({name: part.state_dict() for name, part in parts.items()} | {"step": step}, partial)
-        partial.rename(last)
-
-    remaining = (options.steps - step) * options.batch_size
-    data = Cells(options.art, "train", options.seed, remaining, model, processor, start=step * options.batch_size)
-    loader = DataLoader(data, options.batch_size, num_workers=1, prefetch_factor=4)
-    held_out = DataLoader(Cells(options.art, "held-out", 1, 192, model, processor), 32)
-    began, first = time.monotonic(), step
-    for pixels, centred, covered in loader:
-        ramp = min(1.0, (step + 1) / 40) * 0.5 * (1 + math.cos(math.pi * step / options.steps))
+    remaining = (options.steps - run.step) * options.batch_size
+    data = Cells(options.art, "train", options.seed, remaining, model, processor, start=run.step * options.batch_size)
+    data = Subset(data, range(rank, len(data), world))
+    loader = DataLoader(data, options.batch_size // world, num_workers=1, prefetch_factor=4)
+    held_out = DataLoader(Cells(options.art, "held-out", 1, 240, model, processor), 48)
+    model.eval()  # batch statistics stay those of ImageNet
+    for pixels, target in loader:
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * ramp
-        tower.train()
-        frozen.eval()
-        features = tower(pixels.to(memory_format=torch.channels_last)).last_hidden_state
-        losses = heads(features, connector(features), centred, covered)
+            group["lr"] = rate * cosine(run.step, options.steps, 50)
+        target = CellTargets(*(array.to(device) for array in target))
+        losses = heads(see(pixels.to(device)), target)
         sum(losses.values()).backward()
+        average_gradients([*new, *old])
         nn.utils.clip_grad_norm_([*new, *old], 5.0)
         optimizer.step()
         optimizer.zero_grad()
-        step += 1
-        if step % 10 == 0:
-            pace = (step - first) / (time.monotonic() - began)
-            row = {"step": step, "pictures/s": round(pace * options.batch_size, 1)}
-            row |= {"minutes left": round((options.steps - step) / pace / 60, 1)}
-            row |= {name: round(loss.item(), 3) for name, loss in losses.items()}
-            if step % 100 == 0 or step == options.steps:
-                row |= accuracy(model, heads, held_out)
-                save()
-            print(row, flush=True)
-            with (options.out / "log.jsonl").open("a") as log:
-                log.write(json.dumps(row) + "\n")
-    save()
+        run.advance({name: loss.item() for name, loss in losses.items()})
+        if run.step % 100 == 0 or run.step == options.steps:
+            if rank == 0:
+                run.log({"step": run.step, "held-out": accuracy(see, heads, held_out, device)})
+            run.save()
+    leave_processes()
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Common English words of 3 to 5 letters for the reading task; every sixth is held out of training.
+"""Common English words of 3 to 8 letters for reading and labels, every sixth held out of training; invented words.
 
 It knows nothing of pictures or tokenizers.
 """
 
 WORDS = tuple(
-    """
+    dict.fromkeys(
+        """
     act add age ago air all and ant any arm art ask bad bag ban bar bat bay bed bee bet big bit box boy bug bus buy
     cab can cap car cat cow cry cup cut day dog dot dry due ear eat egg end eye fan far fat fee few fig fit fix fly
     fog fox fun fur gap gas get gum gym hat hen hip hit hot hub ice ink jam jar jet job joy key kid kit lab lap
@@ -45,6 +46,24 @@ WORDS = tuple(
     touch tower toxic track trade trail train truck trunk uncle under value video visit voice wagon watch water
     whale wheel white woman world yacht young zebra
     """.split()
+    )
 )
 TEST_WORDS = WORDS[::6]
-TRAIN_WORDS = tuple(word for word in WORDS if word not in set(TEST_WORDS))
+_TEST = frozenset(TEST_WORDS)
+TRAIN_WORDS = tuple(word for word in WORDS if word not in _TEST)
+_STARTS = "b c d f g h j k l m n p r s t v w z bl br ch cl cr dr fl fr gl gr pl pr sc sh sk sl sp st th tr".split()
+_MIDDLES = "a e i o u a e i o u ai ea ee oo ou".split()
+_ENDS = "b d g k l m n p r s t x y ck ll nd ng nt rd rk rt st".split() + [""] * 6
+
+
+def invented(rng) -> str:
+    """A pronounceable word of 3 to 8 letters from a numpy generator; half of them are plain random letters."""
+    if rng.random() < 0.5:
+        letters = list("abcdefghijklmnopqrstuvwxyz")
+        return "".join(rng.choice(letters, int(rng.integers(3, 8))))
+    while True:
+        word = "".join(
+            f"{rng.choice(_STARTS)}{rng.choice(_MIDDLES)}{rng.choice(_ENDS)}" for _ in range(rng.integers(1, 3))
+        )
+        if 3 <= len(word) <= 8 and word not in _TEST:
+            return word

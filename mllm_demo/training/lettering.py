@@ -1,0 +1,73 @@
+"""Draws words, numbers and short lines, and knows the box of every character.
+
+It knows nothing of what the text means or of what asks about it.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from io import BytesIO
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from mllm_demo.training.things import Thing
+
+# What a reader tells apart; capitals are read as their small letters.
+CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,%-:!?"
+
+
+@lru_cache(maxsize=256)
+def font_of(file: bytes, pixels: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(BytesIO(file), pixels)
+
+
+@dataclass(frozen=True)
+class Line:
+    """`text` as drawn, in small letters; `box`: (x0, y0, x1, y1) in pixels."""
+
+    text: str
+    box: tuple[float, float, float, float]
+
+
+def draw_line(
+    canvas: Image.Image, text: str, font: ImageFont.FreeTypeFont, left: float, baseline: float, ink: tuple
+) -> tuple[Line, list[Thing]]:
+    """Writes `text` from `left` on `baseline`; returns it with one letter `Thing` per visible character."""
+    ImageDraw.Draw(canvas).text((left, baseline), text, font=font, fill=ink, anchor="ls")
+    top, bottom = baseline - 0.75 * font.size, baseline + 0.2 * font.size
+    edges = [left + font.getlength(text[:index]) for index in range(len(text) + 1)]
+    letters = [
+        Thing("letter", letter.lower(), (x0, top, x1, bottom))
+        for letter, x0, x1 in zip(text, edges, edges[1:], strict=False)
+        if letter.lower() in CHARACTERS
+    ]
+    return Line(text.lower(), (edges[0], top, edges[-1], bottom)), letters
+
+
+def fitting_font(file: bytes, text: str, width: float, pixels: float) -> ImageFont.FreeTypeFont:
+    """The font at `pixels` height, smaller if `text` would be wider than `width`."""
+    font = font_of(file, round(pixels))
+    wide = font.getlength(text)
+    return font if wide <= width else font_of(file, max(8, int(pixels * width / wide)))
+
+
+def write(
+    rng: np.random.Generator, canvas: Image.Image, lines: list[str], file: bytes, band: tuple[float, float], ink: tuple
+) -> tuple[list[Line], list[Thing]]:
+    """Writes `lines` below each other somewhere between the heights `band`, as large as chance and space allow."""
+    size, longest = canvas.width, max(lines, key=len)
+    tallest = (band[1] - band[0]) / len(lines) / 1.3
+    pixels = min(rng.uniform(0.075, 0.26) * size, tallest)
+    font = fitting_font(file, longest, 0.94 * size, pixels)
+    pitch = font.size * 1.3
+    room = (band[1] - band[0]) - pitch * len(lines)
+    top = band[0] + rng.uniform(0, max(room, 1e-3))
+    centred, wide = rng.random() < 0.5, font.getlength(longest)
+    left = rng.uniform(0.02 * size, max(0.98 * size - wide, 0.021 * size))
+    written, letters = [], []
+    for index, text in enumerate(lines):
+        x = left + (wide - font.getlength(text)) / 2 if centred else left
+        line, drawn = draw_line(canvas, text, font, x, top + pitch * (index + 0.8), ink)
+        written.append(line)
+        letters += drawn
+    return written, letters

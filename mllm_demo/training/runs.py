@@ -1,0 +1,95 @@
+"""What every training command shares: checkpoints that survive a kill, a logged curve, pace, several processes.
+
+    torchrun --nproc-per-node 2 -m mllm_demo.training.tower --threads 1    # one process a core
+
+It knows nothing of models or data; a run is a folder with `last.pt` and `log.jsonl`.
+"""
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+def join_processes() -> tuple[int, int]:
+    """(rank, number of processes); joins them when started by torchrun."""
+    if dist.is_torchelastic_launched() and not dist.is_initialized():
+        dist.init_process_group("gloo")
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def leave_processes() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def average_gradients(parameters: list[nn.Parameter]) -> None:
+    """One exchange between processes for all gradients together; nothing when there is one process."""
+    if not dist.is_initialized():
+        return
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    flat = torch.cat([parameter.grad.flatten().float() for parameter in parameters])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad.copy_(part.view_as(parameter))
+
+
+def cosine(step: int, steps: int, warmup: int) -> float:
+    """Factor of the learning rate: a ramp, then half a cosine down to 2 %."""
+    return min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(step / steps, 1.0))))
+
+
+class Run:
+    """A training run in `folder`. `parts`: what a checkpoint holds, each with a `state_dict`."""
+
+    def __init__(self, folder: Path, parts: Mapping[str, object], steps: int, batch_size: int, rank: int = 0):
+        self.folder, self.parts, self.steps, self.batch_size, self.rank = folder, parts, steps, batch_size, rank
+        folder.mkdir(parents=True, exist_ok=True)
+        self.last = folder / "last.pt"
+        self.step = 0
+        if self.last.exists():
+            state = torch.load(self.last, weights_only=True)
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            self.step = state["step"]
+            self.say(f"resumed at step {self.step}")
+        self._began, self._first = time.monotonic(), self.step
+        self._averages: dict[str, float] = {}
+
+    def say(self, text: str) -> None:
+        if self.rank == 0:
+            print(text, flush=True)
+
+    def save(self) -> None:
+        """Written beside the old checkpoint and put in its place whole, so that a kill costs only the steps since."""
+        if self.rank == 0:
+            partial = self.last.with_suffix(".part")
+            torch.save({name: part.state_dict() for name, part in self.parts.items()} | {"step": self.step}, partial)
+            partial.replace(self.last)
+
+    def advance(self, losses: Mapping[str, float], every: int = 10) -> bool:
+        """Counts a step, logs its smoothed losses `every` so many steps; True where it did."""
+        self.step += 1
+        for name, value in losses.items():
+            self._averages[name] = 0.9 * self._averages.get(name, value) + 0.1 * value
+        if self.step % every and self.step != self.steps:
+            return False
+        pace = (self.step - self._first) / (time.monotonic() - self._began)
+        row = {"step": self.step, "samples/s": round(pace * self.batch_size, 2)}
+        row["minutes left"] = round((self.steps - self.step) / pace / 60, 1)
+        self.log(row | {name: round(value, 4) for name, value in self._averages.items()})
+        return True
+
+    def log(self, row: Mapping[str, object]) -> None:
+        if self.rank == 0:
+            print(dict(row), flush=True)
+            with (self.folder / "log.jsonl").open("a") as log:
+                log.write(json.dumps(dict(row)) + "\n")
