@@ -3,8 +3,8 @@
     python -m mllm_demo.training.art
 
 Sets and licences (pinned): Noto Emoji, also its first version, and FxEmojis (Apache-2.0), Twemoji and Emoji One
-(CC-BY-4.0), Fluent Emoji in 3D and flat (MIT), Fontsource fonts (OFL-1.1). OpenMoji (CC-BY-SA-4.0) is the test style: it is rasterized for the evaluation only and its
-picture is never trained on. It knows nothing of scenes or questions.
+(CC-BY-4.0), Fluent Emoji in 3D and flat (MIT), Fontsource fonts (OFL-1.1). OpenMoji (CC-BY-SA-4.0) is the test style:
+it is rasterized for the evaluation only and its pictures are never trained on. It knows nothing of scenes or questions.
 """
 
 import hashlib

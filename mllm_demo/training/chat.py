@@ -1,25 +1,24 @@
-"""Stage I: joins the taught tower to the 4-bit language model through MoE-LoRA experts, on rendered conversations.
+"""Stages I to III: joins the taught tower to the 4-bit language model, on rendered conversations.
 
-The language model's weights are rounded to NF4 before training, so the adapter learns to live with the weights that
-are shipped. Loss on answers only, plus the routers' balance loss.
+    python -m mllm_demo.training.chat --stage 1 --steps 500                # connector and a single LoRA
+    python -m mllm_demo.training.chat --stage 2 --steps 100                # experts copied from it, routers balanced
+    python -m mllm_demo.training.chat --stage 3 --steps 400                # experts on the full mixture
+    python -m mllm_demo.training.chat --stage 3 --export                   # writes the shipped files
+    torchrun --nproc-per-node 2 -m mllm_demo.training.chat --threads 1 ... # one process a core, gradients averaged
 
-    python -m mllm_demo.training.chat --steps 600
-    torchrun --nproc-per-node 2 -m mllm_demo.training.chat --threads 1    # one process a core, gradients averaged
-
-Resumes from `runs/chat/last.pt`; `--export` writes the shipped files. It knows nothing of evaluation.
+`--experts 1` in stages 2 and 3 goes on with a single LoRA of the same active rank, for comparison. The language
+model's weights are rounded to NF4 before training, so the adapter learns to live with the weights that are shipped.
+Loss on answers only, plus the routers' balance loss. Every stage resumes from its own `last.pt`. It knows nothing of
+evaluation.
 """
 
 import argparse
-import json
-import math
-import time
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-from peft import get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
@@ -27,26 +26,16 @@ from torch.utils.data import DataLoader, Subset
 
 from mllm_demo.models.bundled.assembly import save_vision
 from mllm_demo.models.bundled.weights import ADAPTER, VISION_FILE
-from mllm_demo.moe_lora import MoeLoraConfig
+from mllm_demo.models.quantize import compute_dtype, resolve_device
 from mllm_demo.training import art
+from mllm_demo.training.adapters import lora_state, mixture, single_lora
 from mllm_demo.training.base import build_model
 from mllm_demo.training.conversations import IGNORED, Conversations, Encoder, collate
+from mllm_demo.training.runs import Masters, Run, average_gradients, cosine, join_processes, leave_processes
 from mllm_demo.training.small_talk import replies
 
-ADAPTER_CONFIG = {
-    "r": 8,
-    "lora_alpha": 16,
-    "num_experts": 4,
-    "num_experts_per_tok": 1,
-    "use_shared_expert": True,
-    "router_scope": "block",
-    "granularity": "token",
-    "router_noise_std": 0.1,
-    "router_aux_loss_coef": 0.02,
-    "target_modules": ["o_proj", "gate_proj", "up_proj", "down_proj"],
-    "plain_target_modules": ["q_proj", "k_proj", "v_proj"],
-    "task_type": "CAUSAL_LM",
-}
+# Weight of the balance loss: strong while the routers find their first division of labour, weak afterwards.
+BALANCE = {2: 0.05, 3: 0.01}
 
 
 @torch.no_grad()
@@ -58,27 +47,72 @@ def round_to_nf4(model: nn.Module) -> None:
             module.weight.copy_(dequantize_4bit(packed, state))
 
 
-def build(options) -> tuple[nn.Module, object]:
-    """The PEFT model in float32 with the taught tower, and its processor."""
+def folder_of(options, stage: int) -> Path:
+    return options.out / ("stage1" if stage == 1 else f"stage{stage}-{options.experts}")
+
+
+def _end_of(folder: Path) -> dict:
+    file = folder / "end.pt"
+    if not file.exists():
+        raise SystemExit(f"{file} is missing: finish the stage before this one first.")
+    return torch.load(file, weights_only=True)
+
+
+def build(options, device: torch.device, rank: int) -> tuple[PeftModel, object, tuple[tuple[str, str], ...]]:
+    """The adapted model where the stage before `options.stage` left it, on `device`, its processor, and small talk."""
     model, processor = build_model(options.base)
-    talk = replies(model, processor, options.base / "replies.json")
+    model.to(device)
+    talk = replies(model, processor, options.base / "replies.json", rank)
     taught = torch.load(options.tower, weights_only=True)
     model.model.vision_tower.load_state_dict(taught["tower"])
-    model.model.multi_modal_projector.load_state_dict(taught["connector"])
+    connector = (
+        taught["connector"] if options.stage == 1 else _end_of(folder_of(options, options.stage - 1))["connector"]
+    )
+    model.model.multi_modal_projector.load_state_dict(connector)
     round_to_nf4(model.model.language_model)
-    return get_peft_model(model, MoeLoraConfig(**ADAPTER_CONFIG)), processor, talk
+    model.requires_grad_(False)
+    if options.stage == 1:
+        adapted = single_lora(model)
+    else:
+        adapted = mixture(model, options.experts, _end_of(folder_of(options, 1))["adapter"])
+        if options.stage == 3:
+            adapted.load_state_dict(_end_of(folder_of(options, 2))["adapter"], strict=False)
+    return adapted, processor, talk
 
 
-def answer_loss(model, batch: dict[str, torch.Tensor], seen: dict[str, torch.Tensor]) -> torch.Tensor:
+def narrow(model: PeftModel, dtype: torch.dtype) -> None:
+    """The language model and its experts compute in `dtype`; tower, connector and routers stay in float32."""
+    language_model = model.base_model.model.model.language_model
+    routers = {id(p) for n, p in model.named_parameters() if "router" in n}
+    for parameter in language_model.parameters():
+        if id(parameter) not in routers:
+            parameter.data = parameter.data.to(dtype)
+
+
+def see(model: PeftModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Input embeddings `[B, T, hidden]` with every image token replaced by what the connector says of its patch."""
+    inner = model.base_model.model.model
+    embeds = model.get_input_embeddings()(batch["input_ids"])
+    if "pixel_values" not in batch:
+        return embeds
+    device = embeds.device.type
+    with torch.autocast(device, torch.bfloat16, enabled=embeds.dtype == torch.bfloat16):
+        with torch.no_grad():
+            features = inner.vision_tower(batch["pixel_values"].to(memory_format=torch.channels_last)).last_hidden_state
+        tokens = inner.multi_modal_projector(features)
+    where = (batch["input_ids"] == model.config.image_token_id)[..., None]
+    return embeds.masked_scatter(where, tokens.to(embeds.dtype))
+
+
+def answer_loss(model: PeftModel, batch: dict[str, torch.Tensor], seen: dict[str, torch.Tensor]) -> torch.Tensor:
     """Mean cross entropy over answer tokens; only those go through the output head."""
-    labels = batch["labels"]
-    model(**{k: v for k, v in batch.items() if k != "labels"}, logits_to_keep=1, use_cache=False)
-    wanted = labels != IGNORED
+    model(inputs_embeds=see(model, batch), attention_mask=batch["attention_mask"], logits_to_keep=1, use_cache=False)
+    wanted = batch["labels"] != IGNORED
     logits = model.get_output_embeddings()(seen.pop("hidden")[wanted])
-    return functional.cross_entropy(logits, labels[wanted])
+    return functional.cross_entropy(logits.float(), batch["labels"][wanted])
 
 
-def export(model: nn.Module) -> None:
+def export(model: PeftModel) -> None:
     """Writes the shipped files: tower and connector, and the adapter with its experts in float16."""
     model.save_pretrained(ADAPTER)
     file = ADAPTER / "adapter_model.safetensors"
@@ -89,24 +123,14 @@ def export(model: nn.Module) -> None:
     save_vision(model.base_model.model, VISION_FILE)
 
 
-def average_gradients(parameters: list[nn.Parameter], world: int) -> None:
-    """One exchange between processes for all gradients together."""
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    flat = torch.cat([parameter.grad.flatten() for parameter in parameters])
-    dist.all_reduce(flat)
-    flat /= world
-    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        parameter.grad.copy_(part.view_as(parameter))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--stage", type=int, choices=(1, 2, 3), required=True)
+    parser.add_argument("--experts", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=8, help="pictures a step, over all processes")
     parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--connector-lr", type=float, default=2e-4)
+    parser.add_argument("--connector-lr", type=float, default=3e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--tower", type=Path, default=Path("runs/tower/last.pt"))
@@ -116,42 +140,36 @@ def main() -> None:
     parser.add_argument("--export", action="store_true", help="only write the shipped files from the last checkpoint")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if dist.is_torchelastic_launched():
-        dist.init_process_group("gloo")
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = join_processes()
+    device = resolve_device("auto")
     torch.manual_seed(options.seed)
-    options.out.mkdir(parents=True, exist_ok=True)
 
-    model, processor, talk = build(options)
+    model, processor, talk = build(options, device, rank)
     connector = model.base_model.model.model.multi_modal_projector
     connector.requires_grad_(True)
+    narrow(model, compute_dtype(device))
     adapter = [p for name, p in model.named_parameters() if p.requires_grad and "lora_" in name]
-    optimizer = torch.optim.AdamW([{"params": adapter}, {"params": connector.parameters()}], weight_decay=0.0)
+    masters = Masters([*adapter, *connector.parameters()])
+    copies = list(masters.copies)
+    optimizer = torch.optim.AdamW(
+        [{"params": copies[: len(adapter)]}, {"params": copies[len(adapter) :]}], weight_decay=0.0, betas=(0.9, 0.98)
+    )
     rates = (options.lr, options.connector_lr)
-    trained = {"adapter": nn.ParameterList(adapter), "connector": connector, "optimizer": optimizer}
-
-    step, last = 0, options.out / "last.pt"
-    if last.exists():
-        state = torch.load(last, weights_only=True)
-        for name, part in trained.items():
-            part.load_state_dict(state[name])
-        step = state["step"]
-        print(f"resumed at step {step}", flush=True)
+    folder = folder_of(options, options.stage)
+    run = Run(folder, {"masters": masters, "optimizer": optimizer}, options.steps, options.batch_size, rank)
     if options.export:
+        model.float()
+        masters.give_back()
         export(model)
         return
 
-    def save() -> None:
-        partial_file = last.with_suffix(".part")
-        torch.save({name: part.state_dict() for name, part in trained.items()} | {"step": step}, partial_file)
-        partial_file.rename(last)
-
     vision = model.config.vision_config
-    encoder = Encoder(processor, (vision.image_size // vision.patch_size) ** 2)
+    encoder = Encoder(processor, vision.side**2)
     art.prepare(options.art)
+    # Every stage goes on with pictures that no stage before it has drawn.
     data = Conversations(
-        options.art, "train", options.seed + 1, (options.steps - step) * options.batch_size, encoder,
-        start=step * options.batch_size, replies=talk,
+        options.art, "train", options.seed + options.stage, (options.steps - run.step) * options.batch_size, encoder,
+        start=run.step * options.batch_size, replies=talk,
     )  # fmt: skip
     data = Subset(data, range(rank, len(data), world))
     pad = processor.tokenizer.pad_token_id
@@ -160,39 +178,37 @@ def main() -> None:
     seen: dict[str, torch.Tensor] = {}
     language_model = model.base_model.model.model.language_model
     hook = language_model.register_forward_hook(lambda m, a, output: seen.update(hidden=output.last_hidden_state))
-    began, first = time.monotonic(), step
-    average = None
+    model.train()
+    model.base_model.model.model.vision_tower.eval()
     for batch in loader:
-        ramp = min(1.0, (step + 1) / 25) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / options.steps)))
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * ramp
-        model.train()
-        model.base_model.model.model.vision_tower.eval()
-        loss = answer_loss(model, batch, seen)
-        balance = model.base_model.router_aux_loss()
-        (loss + ADAPTER_CONFIG["router_aux_loss_coef"] * balance).backward()
-        if world > 1:
-            average_gradients([*adapter, *connector.parameters()], world)
-        nn.utils.clip_grad_norm_([*adapter, *connector.parameters()], 1.0)
+            group["lr"] = rate * cosine(run.step, options.steps, 25)
+        loss = answer_loss(model, {name: value.to(device) for name, value in batch.items()}, seen)
+        losses = {"loss": loss.item()}
+        if options.stage > 1 and options.experts > 1:
+            balance = model.base_model.router_aux_loss()
+            loss = loss + BALANCE[options.stage] * balance
+            losses["balance"] = balance.item()
+        loss.backward()
+        masters.take_gradients()
+        average_gradients(copies)
+        nn.utils.clip_grad_norm_(copies, 1.0)
         optimizer.step()
-        optimizer.zero_grad()
-        step += 1
-        average = loss.item() if average is None else 0.9 * average + 0.1 * loss.item()
-        if rank > 0:
-            continue
-        if step % 10 == 0 or step == options.steps:
-            pace = (step - first) / (time.monotonic() - began)
-            row = {"step": step, "pictures/s": round(pace * options.batch_size, 2)}
-            row |= {"minutes left": round((options.steps - step) / pace / 60, 1)}
-            row |= {"loss": round(average, 4), "balance": round(balance.item(), 3)}
-            print(row, flush=True)
-            with (options.out / "log.jsonl").open("a") as log:
-                log.write(json.dumps(row) + "\n")
-        if step % 50 == 0 or step == options.steps:
-            save()
+        masters.give_back()
+        run.advance(losses)
+        if run.step % 50 == 0 or run.step == options.steps:
+            run.save()
     hook.remove()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    if rank == 0:
+        model.float()
+        masters.give_back()
+        adapter_state = (
+            lora_state(model)
+            if options.stage == 1
+            else {n: p.detach() for n, p in model.named_parameters() if "lora_" in n}
+        )
+        torch.save({"connector": connector.state_dict(), "adapter": adapter_state}, folder / "end.pt")
+    leave_processes()
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """What every image token should say: a table of concepts, and dense targets for every cell of a scene.
 
-A cell that holds the centre of an object should look, to the language model, like the word for it; of a coloured shape
-or a part of a chart, like the sum of its colour and its kind; of one letter, like that letter; anything else is "empty".
-Beside that a cell should tell the box of what it centres, its letters, and the value and colour of the chart's part that
-it belongs to. It knows nothing of towers or optimizers.
+A cell that holds the centre of an object should look, to the language model, like the word for it; of a coloured
+shape or a part of a chart, like the sum of its colour and its kind; of one letter, like that letter; anything else is
+"empty". Beside that a cell should tell the box of what it centres, its letters, and the value and colour of the
+chart's part that it belongs to. It knows nothing of towers or optimizers.
 """
 
 from typing import NamedTuple
@@ -99,5 +99,7 @@ def cell_targets(scene: Scene, side: int) -> CellTargets:
         if np.isnan(boxes[where]).any():
             # Several letters have no one word for them; the language model learns to read such cells by itself.
             centred[where] = concept_of(inside_it[0]) if len(inside_it) == 1 else UNKNOWN
-    flat = (array.reshape(side * side, *array.shape[2:]) for array in (centred, covered, letters, boxes, values, colours))
+    flat = (
+        array.reshape(side * side, *array.shape[2:]) for array in (centred, covered, letters, boxes, values, colours)
+    )
     return CellTargets(*flat)

@@ -1,9 +1,12 @@
 """Turns scenes and questions into token sequences whose answers are the only labels.
 
-It knows nothing of optimizers; the text between the words is the processor's own chat template, taken apart.
+Text that an answer quotes from the picture is written character by character, one token each, so that a word nobody
+ever trained on can be read: it decodes to the same words. It knows nothing of optimizers; the text between the words is
+the processor's own chat template, taken apart.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,9 @@ from mllm_demo.training.questions import ask_all
 from mllm_demo.training.scenes import SPLITS, render
 
 IGNORED = -100  # the label that torch's cross entropy skips
+QUOTE = '"'
+# How often each kind of picture is talked about.
+MIX = {"single": 0.08, "same": 0.16, "objects": 0.22, "shapes": 0.14, "mixed": 0.05, "text": 0.15, "chart": 0.2}
 
 
 @dataclass(frozen=True)
@@ -42,22 +48,33 @@ class Encoder:
         )
         before, rest = text.split(marks[0])
         between, after = rest.split(marks[1])
+        self._ids = lru_cache(maxsize=4096)(self._tokenize)
         self.before, self.between = self._ids(before), self._ids(between)
         end = self._ids(after)
         self.end, self.after = end[:1], end[1:]
         self.image = [processor.image_token_id] * image_tokens
 
-    def _ids(self, text: str) -> list[int]:
+    def _tokenize(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
-    def encode(self, turns: list[tuple[str, str]], pixels: torch.Tensor | None) -> Sample:
+    def _answer(self, text: str) -> list[int]:
+        """Token ids of an answer, quoted parts one character a token."""
+        ids: list[int] = []
+        for index, piece in enumerate(text.split(QUOTE)):
+            quoted = index % 2 == 1
+            # The marks stay with the prose around them, where the tokenizer joins them to its space or full stop.
+            prose = (QUOTE if index else "") + piece + (QUOTE if index < text.count(QUOTE) else "")
+            ids += [self._ids(char)[0] for char in piece] if quoted else self._ids(prose)
+        return ids
+
+    def encode(self, turns: list[tuple[str, str]], pixels: torch.Tensor | None, spell: bool = True) -> Sample:
         """`turns`: (question, answer) pairs about one picture, which stands before the first question."""
         ids: list[int] = []
         labels: list[int] = []
         for index, (question, answer) in enumerate(turns):
             picture = self.image if pixels is not None and index == 0 else []
             prompt = self.before + picture + self._ids(question) + self.between
-            reply = self._ids(answer) + self.end
+            reply = (self._answer(answer) if spell else self._ids(answer)) + self.end
             ids += prompt + reply + self.after
             labels += [IGNORED] * len(prompt) + reply + [IGNORED] * len(self.after)
         return Sample(torch.tensor(ids), torch.tensor([*labels[1:], IGNORED]), pixels)
@@ -66,8 +83,19 @@ class Encoder:
 class Conversations(Dataset):
     """Picture number `start + i` of a split with up to `most` questions; some samples are text alone."""
 
-    def __init__(self, art_folder: Path, split: str, seed: int, count: int, encoder: Encoder, *, most: int = 4,
-                 start: int = 0, replies: tuple[tuple[str, str], ...] = (), text_share: float = 0.08):
+    def __init__(
+        self,
+        art_folder: Path,
+        split: str,
+        seed: int,
+        count: int,
+        encoder: Encoder,
+        *,
+        most: int = 6,
+        start: int = 0,
+        replies: tuple[tuple[str, str], ...] = (),
+        text_share: float = 0.08,
+    ):
         self.art_folder, self.split, self.seed, self.count = art_folder, SPLITS[split], seed, count
         self.encoder, self.most, self.start = encoder, most, start
         self.replies, self.text_share = replies, text_share
@@ -79,8 +107,10 @@ class Conversations(Dataset):
         index += self.start
         rng = np.random.default_rng((self.seed, 77, index))
         if self.replies and rng.random() < self.text_share:
-            return self.encoder.encode([self.replies[rng.integers(len(self.replies))]], None)
-        scene = render(art.load(self.art_folder), self.split, self.seed, index)
+            picked = rng.choice(len(self.replies), min(3, len(self.replies)), replace=False)
+            return self.encoder.encode([self.replies[i] for i in picked], None, spell=False)
+        kind = str(rng.choice(list(MIX), p=list(MIX.values())))
+        scene = render(art.load(self.art_folder), self.split, self.seed, index, kind=kind)
         turns = [(question.prompt, question.answer) for question in ask_all(rng, scene, self.most)]
         pixels = self.encoder.processor.image_processor(scene.image, return_tensors="pt").pixel_values[0]
         return self.encoder.encode(turns, pixels)

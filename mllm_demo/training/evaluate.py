@@ -1,9 +1,11 @@
-"""Asks the shipped model about pictures it never saw, with the picture and blind (a grey one), and scores exactly.
+"""Asks a model about pictures it never saw, with the picture and blind (a grey one), and scores exactly.
 
-    python -m mllm_demo.training.evaluate --items 100
+    python -m mllm_demo.training.evaluate --items 200                          # the shipped NF4 model
+    python -m mllm_demo.training.evaluate --quantization none --no-blind       # the same experts on 16-bit weights
+    python -m mllm_demo.training.evaluate --adapter runs/single --no-blind     # another adapter on the same items
 
-Held out of training: fonts, words, the last phrasings of every question and every background (another random
-stream); with `--split unseen-style` the objects' art style too. It knows nothing of how the model was trained.
+Held out of training: drawings, fonts, words, the last phrasings of every question and every background (another random
+stream); with `--split unseen-style` the art style too. It knows nothing of how the model was trained.
 """
 
 import argparse
@@ -19,28 +21,39 @@ from PIL import Image
 from mllm_demo.models.loading import LoadedModel, load
 from mllm_demo.settings import QUANTIZATIONS, ModelChoice
 from mllm_demo.training import art
-from mllm_demo.training.questions import TASKS, Question, ask, is_right
+from mllm_demo.training.questions import TASKS, Question, ask
 from mllm_demo.training.scenes import SPLITS, render
+from mllm_demo.training.scoring import is_right
 
 # The kinds of scene that let a task be asked.
 SCENES = {
     "naming": ("single", "same"),
+    "presence": ("objects", "shapes", "mixed"),
     "counting": ("same", "shapes"),
     "colour": ("shapes",),
     "shape": ("shapes",),
-    "presence": ("objects", "shapes", "mixed"),
-    "reading": ("word",),
+    "relations": ("objects", "shapes"),
+    "grounding": ("objects", "shapes", "single"),
+    "pointing": ("objects", "shapes"),
+    "reading": ("text",),
+    "chart": ("chart",),
+    "table": ("chart",),
+    "unanswerable": ("objects", "shapes"),
 }
+CHARTS = ("bar", "line", "pie")
 GREY = 128
+LONGEST_ANSWER = 40
 
 
 def items(art_folder: Path, split: str, task: str, count: int, seed: int) -> list[tuple[np.ndarray, Question]]:
-    """`count` (picture uint8 `[H, W, 3]`, question) pairs."""
-    made, index = [], 0
+    """`count` (picture uint8 `[H, W, 3]`, question) pairs, each about a picture of its own."""
+    made, index, number = [], 0, TASKS.index(task)
+    sprites = art.load(art_folder)
     while len(made) < count:
-        rng = np.random.default_rng((seed, TASKS.index(task), index))
+        rng = np.random.default_rng((seed, number, index))
         kind = SCENES[task][index % len(SCENES[task])]
-        scene = render(art.load(art_folder), SPLITS[split], seed, 1_000_000 * TASKS.index(task) + index, kind=kind)
+        chart = {"table": "table", "chart": CHARTS[index % len(CHARTS)]}.get(task)
+        scene = render(sprites, SPLITS[split], seed, 1_000_000 * number + index, kind=kind, chart=chart)
         question = ask(rng, scene, task, held_out=True)
         if question is not None:
             made.append((scene.image, question))
@@ -49,7 +62,7 @@ def items(art_folder: Path, split: str, task: str, count: int, seed: int) -> lis
 
 
 @torch.inference_mode()
-def replies(loaded: LoadedModel, pairs: list[tuple[np.ndarray, str]], batch_size: int = 20) -> list[str]:
+def answers(loaded: LoadedModel, pairs: list[tuple[np.ndarray, str]], batch_size: int = 25) -> list[str]:
     """Greedy answers to (picture, prompt) pairs."""
     said, processor = [], loaded.processor
     for start in range(0, len(pairs), batch_size):
@@ -63,9 +76,8 @@ def replies(loaded: LoadedModel, pairs: list[tuple[np.ndarray, str]], batch_size
         ]
         pictures = [Image.fromarray(picture) for picture, _ in batch]
         inputs = processor(text=texts, images=pictures, return_tensors="pt", padding=True, padding_side="left")
-        made = loaded.model.generate(**inputs.to(loaded.device), max_new_tokens=24, do_sample=False)
-        new = made[:, inputs.input_ids.shape[1] :]
-        said += processor.batch_decode(new, skip_special_tokens=True)
+        made = loaded.model.generate(**inputs.to(loaded.device), max_new_tokens=LONGEST_ANSWER, do_sample=False)
+        said += processor.batch_decode(made[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
     return said
 
 
@@ -79,38 +91,40 @@ def interval(right: int, count: int) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--items", type=int, default=100, help="questions per task")
+    parser.add_argument("--items", type=int, default=200, help="questions per task")
     parser.add_argument("--split", choices=[name for name in SPLITS if name != "train"], default="held-out")
     parser.add_argument("--quantization", choices=QUANTIZATIONS, default="nf4")
+    parser.add_argument("--adapter", help="an adapter folder in place of the shipped one")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--art", type=Path, default=Path("runs/art"))
     parser.add_argument("--out", type=Path, help="also write the figures to this JSON file")
+    parser.add_argument("--no-blind", action="store_true", help="leave out the answers to a grey picture")
     parser.add_argument("--show", type=int, default=0, help="print this many wrong answers per task")
     options = parser.parse_args()
-    loaded = load(ModelChoice(quantization=options.quantization), None, lambda step: None)
+    loaded = load(ModelChoice(quantization=options.quantization, adapter=options.adapter), None, lambda step: None)
     table = {}
     for task in options.tasks:
         began = time.monotonic()
         made = items(options.art, options.split, task, options.items, options.seed)
         prompts = [question.prompt for _, question in made]
-        grey = np.full_like(made[0][0], GREY)
-        seen = replies(loaded, list(zip([picture for picture, _ in made], prompts, strict=True)))
-        blind = replies(loaded, [(grey, prompt) for prompt in prompts])
-        right = [is_right(question, reply) for (_, question), reply in zip(made, seen, strict=True)]
-        guessed = [is_right(question, reply) for (_, question), reply in zip(made, blind, strict=True)]
+        said = answers(loaded, list(zip([picture for picture, _ in made], prompts, strict=True)))
+        right = [is_right(question, reply) for (_, question), reply in zip(made, said, strict=True)]
         low, high = interval(sum(right), len(made))
-        table[task] = {
-            "right": round(sum(right) / len(made), 3), "low": low, "high": high,
-            "blind": round(sum(guessed) / len(made), 3),
-            "items": len(made),
-        }  # fmt: skip
-        print(f"{task:10} {table[task]}  {time.monotonic() - began:.0f} s", flush=True)
-        wrong = [(q, reply) for (_, q), reply, ok in zip(made, seen, right, strict=True) if not ok]
+        table[task] = {"right": round(sum(right) / len(made), 3), "low": low, "high": high, "items": len(made)}
+        if not options.no_blind:
+            grey = np.full_like(made[0][0], GREY)
+            guessed = answers(loaded, [(grey, prompt) for prompt in prompts])
+            table[task]["blind"] = round(
+                sum(is_right(q, reply) for (_, q), reply in zip(made, guessed, strict=True)) / len(made), 3
+            )
+        print(f"{task:12} {table[task]}  {time.monotonic() - began:.0f} s", flush=True)
+        wrong = [(q, reply) for (_, q), reply, ok in zip(made, said, right, strict=True) if not ok]
         for question, reply in wrong[: options.show]:
             print(f"    {question.prompt} → {reply!r}, expected {question.answer!r}")
     if options.out:
-        report = {"split": options.split, "quantization": options.quantization, "seed": options.seed, "tasks": table}
+        report = {"split": options.split, "quantization": options.quantization, "adapter": options.adapter}
+        report |= {"seed": options.seed, "tasks": table}
         options.out.write_text(json.dumps(report, indent=1) + "\n")
 
 

@@ -1,225 +1,242 @@
-"""Asks about a scene in many phrasings and knows the answers; also scores a reply.
+"""Asks about objects, shapes and text of a scene and knows the answers; also scores replies.
 
-Every task keeps its last phrasings for evaluation only. It knows nothing of pictures, tokens or models.
+`ask` is the one entry; charts are asked about in `chart_questions.py`. It knows nothing of pictures, tokens or models.
 """
 
-import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from mllm_demo.training import chart_questions
 from mllm_demo.training.art import OBJECT_NAMES
-from mllm_demo.training.scenes import COLOURS, SHAPES, Scene, Thing
+from mllm_demo.training.phrasings import FOLLOW_UPS, phrasings
+from mllm_demo.training.things import COLOURS, SHAPES, Scene, Thing
+from mllm_demo.training.wording import CANNOT_TELL, MASS, box_text, describe, plural, quoted, the, verb, with_article
 
-TASKS = ("naming", "counting", "colour", "shape", "presence", "reading")
-HELD_OUT_PHRASINGS = 2
-NUMBERS = {"no": 0, "zero": 0, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5}
-# Names that are not counted with "a" and a plural.
-MASS = {"grapes": "some grapes", "glasses": "some glasses", "scissors": "some scissors",
-        "bread": "some bread", "cheese": "some cheese"}  # fmt: skip
-IRREGULAR = {"fish": "fish", "strawberry": "strawberries", "cherry": "cherries", "butterfly": "butterflies",
-             "bus": "buses", "cactus": "cactuses"}  # fmt: skip
-
-PHRASINGS = {
-    "naming": (
-        "What is in the picture?", "What is this?", "What do you see?", "Name the object.",
-        "Which object is shown?", "What does the image show?", "Can you tell me what this is?",
-        "What object is in this image?", "Identify the object.", "What's that?", "what is it", "What is shown here?",
-        "Tell me what you see in this picture.", "What is pictured here?",
-    ),
-    "counting": (
-        "How many {plural} are there?", "How many {plural} do you see?", "Count the {plural}.",
-        "How many {plural} are in the picture?", "What is the number of {plural}?", "how many {plural}",
-        "How many {plural} can you see in the image?", "Tell me how many {plural} there are.",
-        "How many {plural} does the picture show?", "Please count the {plural} in this image.",
-    ),
-    "colour": (
-        "What colour is the {name}?", "What color is the {name}?", "Which colour does the {name} have?",
-        "Tell me the color of the {name}.", "What is the colour of the {name}?", "what color is the {name}",
-        "Name the colour of the {name}.", "Which color is the {name}?", "The {name} has what color?",
-    ),
-    "shape": (
-        "What shape is the {colour} thing?", "Which shape is {colour}?", "What is the {colour} shape?",
-        "Name the {colour} shape.", "What {colour} shape is there?", "What is the shape of the {colour} figure?",
-        "Tell me the shape that is {colour}.", "What shape does the {colour} figure have?",
-    ),
-    "presence": (
-        "Is there {a_name}?", "Is there {a_name} in the picture?", "Do you see {a_name}?", "Can you see {a_name}?",
-        "Does the image show {a_name}?", "Is there {a_name} in this image?", "Does the picture contain {a_name}?",
-        "Are you able to spot {a_name} here?", "Can {a_name} be seen in the image?",
-    ),
-    "reading": (
-        "What does it say?", "Read the word.", "What is written here?", "What word is this?",
-        "What is the text in the picture?", "Read the text.", "Which word do you see?", "what does the text say",
-        "What does the image say?", "Please read what is written in the picture.",
-    ),
-    "caption": (
-        "Describe the picture.", "What can you see?", "List everything in the image.", "Describe this image.",
-        "What are the things in the picture?", "Tell me about this picture.",
-    ),
-}  # fmt: skip
+TASKS = (
+    "naming", "presence", "counting", "colour", "shape", "relations", "grounding", "pointing", "reading", "chart",
+    "table", "unanswerable",
+)  # fmt: skip
+OPPOSITE = {"to the left of": "to the right of", "above": "below"}
+OPPOSITE |= {there: here for here, there in OPPOSITE.items()}
 
 
 @dataclass(frozen=True)
 class Question:
-    """`answer` is what the model should say; `key` is the one thing that scoring looks for."""
+    """`answer` is what the model should say; `key` is what scoring looks for; `slack`: for numbers, what counts as
+    right."""
 
     task: str
     prompt: str
     answer: str
     key: str
+    slack: float = 0.0
 
 
-def with_article(name: str) -> str:
-    if name in MASS:
-        return MASS[name]
-    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+@dataclass(frozen=True)
+class _Made:
+    """A question without its words: `fills` are put into a phrasing of `phrasing`."""
+
+    phrasing: str
+    fills: dict[str, str]
+    answer: str
+    key: str
 
 
-def plural(name: str) -> str:
-    return name if name in MASS else IRREGULAR.get(name, f"{name}s")
+def _things(scene: Scene) -> tuple[Thing, ...]:
+    return scene.of_kind("object", "shape")
 
 
-def describe(thing: Thing) -> str:
-    return with_article(f"{thing.colour} {thing.name}" if thing.colour else thing.name)
+def _alone(scene: Scene) -> list[Thing]:
+    """Things that their description picks out."""
+    things = _things(scene)
+    said = [describe(thing) for thing in things]
+    return [thing for thing, text in zip(things, said, strict=True) if said.count(text) == 1]
 
 
-def count_phrase(count: int, name: str) -> str:
-    if count == 0:
-        return f"There are no {plural(name)}."
-    return f"There is 1 {name}." if count == 1 else f"There are {count} {plural(name)}."
+def _pick(rng: np.random.Generator, things):
+    return things[int(rng.integers(len(things)))]
 
 
-def _joined(parts: list[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
-
-
-def _naming(rng, scene: Scene) -> Question | None:
+def _naming(rng, scene: Scene) -> _Made | None:
     objects = scene.of_kind("object")
     if len({thing.name for thing in objects}) != 1 or scene.of_kind("shape"):
         return None
     name, several = objects[0].name, len(objects) > 1
     what = plural(name) if several else with_article(name)
-    return Question("naming", "{}", f"{'These are' if several or name in MASS else 'This is'} {what}.", name)
+    return _Made("naming", {}, f"{'These are' if several or verb(name) == 'are' else 'This is'} {what}.", name)
 
 
-def _counting(rng, scene: Scene) -> Question | None:
-    names = [thing.name for thing in scene.of_kind("object") + scene.of_kind("shape") if thing.name not in MASS]
+def _counting(rng, scene: Scene) -> _Made | None:
+    names = [thing.name for thing in _things(scene) if thing.name not in MASS]
     if not names:
         return None
     name = str(rng.choice(names)) if rng.random() > 0.07 else str(rng.choice(OBJECT_NAMES[:45]))
     count = names.count(name)
-    return Question("counting", plural(name), count_phrase(count, name), str(count))
+    if count == 1 and rng.random() < 0.6:
+        return None  # one of a kind is the commonest case and the least to learn from
+    if count == 0:
+        said = f"There are no {plural(name)}."
+    else:
+        said = f"There is 1 {name}." if count == 1 else f"There are {count} {plural(name)}."
+    return _Made("counting", {"plural": plural(name)}, said, str(count))
 
 
-def _colour(rng, scene: Scene) -> Question | None:
+def _colour(rng, scene: Scene) -> _Made | None:
     shapes = [thing.name for thing in scene.of_kind("shape")]
     single = [thing for thing in scene.of_kind("shape") if shapes.count(thing.name) == 1]
     if not single:
         return None
-    thing = single[rng.integers(len(single))]
-    return Question("colour", thing.name, f"The {thing.name} is {thing.colour}.", thing.colour)
+    thing = _pick(rng, single)
+    return _Made("colour", {"name": thing.name}, f"The {thing.name} is {thing.colour}.", thing.colour)
 
 
-def _shape(rng, scene: Scene) -> Question | None:
+def _shape(rng, scene: Scene) -> _Made | None:
     colours = [thing.colour for thing in scene.of_kind("shape")]
     single = [thing for thing in scene.of_kind("shape") if colours.count(thing.colour) == 1]
     if not single:
         return None
-    thing = single[rng.integers(len(single))]
-    return Question("shape", thing.colour, f"It is {with_article(thing.name)}.", thing.name)
+    thing = _pick(rng, single)
+    return _Made("shape", {"colour": thing.colour}, f"It is {with_article(thing.name)}.", thing.name)
 
 
-def _presence(rng, scene: Scene) -> Question | None:
-    things = scene.of_kind("object") + scene.of_kind("shape")
-    shown = {describe(thing) for thing in things}
+def _presence(rng, scene: Scene) -> _Made | None:
+    shown = {describe(thing) for thing in _things(scene)}
     if not shown:
         return None
-    if rng.random() < 0.5:
-        what, there = str(rng.choice(sorted(shown))), True
-    else:
-        shapes = scene.of_kind("shape")
-        while True:
-            if shapes and rng.random() < 0.8:  # hard: the colour or the shape is there, the pair is not
-                thing = shapes[rng.integers(len(shapes))]
-                what = (
-                    f"{rng.choice(list(COLOURS))} {thing.name}"
-                    if rng.random() < 0.5
-                    else f"{thing.colour} {rng.choice(SHAPES)}"
-                )
-            else:
-                what = str(rng.choice(OBJECT_NAMES))
-            what = with_article(what)
-            if what not in shown:
-                break
-        there = False
-    verb = "are" if what.startswith("some") else "is"
-    none = f"no {what.split(' ', 1)[1]}"
-    answer = f"Yes, there {verb} {what}." if there else f"No, there {verb} {none}."
-    return Question("presence", what, answer, "yes" if there else "no")
+    there = bool(rng.random() < 0.5)
+    what = str(rng.choice(sorted(shown)))
+    shapes = scene.of_kind("shape")
+    while not there and what in shown:
+        if shapes and rng.random() < 0.8:  # hard: the colour or the shape is there, the pair is not
+            thing = _pick(rng, shapes)
+            other = rng.random() < 0.5
+            what = f"{rng.choice(list(COLOURS))} {thing.name}" if other else f"{thing.colour} {rng.choice(SHAPES)}"
+        else:
+            what = str(rng.choice(OBJECT_NAMES))
+        what = with_article(what)
+    is_or_are = verb(what.split(" ", 1)[1])
+    answer = f"Yes, there {is_or_are} {what}." if there else f"No, there {is_or_are} no {what.split(' ', 1)[1]}."
+    return _Made("presence", {"a_name": what}, answer, "yes" if there else "no")
 
 
-def _reading(rng, scene: Scene) -> Question | None:
-    if scene.word is None:
+def _relations(rng, scene: Scene) -> _Made | None:
+    single = _alone(scene)
+    if len(single) < 2:
         return None
-    letters = " ".join(scene.word.upper())
-    return Question("reading", "{}", f"The letters {letters} spell {scene.word}.", scene.word)
+    first, second = (single[i] for i in rng.permutation(len(single))[:2])
+    across, down = (a - b for a, b in zip(first.centre, second.centre, strict=True))
+    long, short = max(abs(across), abs(down)), min(abs(across), abs(down))
+    if long < 1.4 * short or long < 0.12 * scene.image.shape[0]:
+        return None  # neither side is clear
+    if abs(across) > abs(down):
+        side = "to the left of" if across < 0 else "to the right of"
+    else:
+        side = "above" if down < 0 else "below"
+    answer = f"{the(first).capitalize()} {verb(first.name)} {side} {the(second)}."
+    key = next(word for word in ("left", "right", "above", "below") if word in side)
+    return _Made("relations", {"the_name": the(first), "the_other": the(second)}, answer, key)
 
 
-def _caption(rng, scene: Scene) -> Question:
-    things = scene.of_kind("object") + scene.of_kind("shape")
-    ordered = sorted(things, key=lambda t: (int(t.centre[1] // 64), t.centre[0]))
+def _grounding(rng, scene: Scene) -> _Made | None:
+    single = _alone(scene)
+    if not single:
+        return None
+    thing = _pick(rng, single)
+    box = box_text(thing.box, scene.image.shape[0])
+    return _Made("grounding", {"the_name": the(thing)}, f"{the(thing).capitalize()} {verb(thing.name)} at {box}.", box)
+
+
+def _pointing(rng, scene: Scene) -> _Made | None:
+    things = _things(scene)
+    if not things:
+        return None
+    thing = _pick(rng, things)
+    size = scene.image.shape[0]
+    box = box_text(np.asarray(thing.box) + rng.normal(0, 0.015 * size, 4), size)
+    if thing.kind == "shape":
+        return _Made("pointing", {"box": box}, f"That is {describe(thing)}.", thing.name)
+    that_is = "Those are" if verb(thing.name) == "are" else "That is"
+    return _Made("pointing", {"box": box}, f"{that_is} {with_article(thing.name)}.", thing.name)
+
+
+def _reading(rng, scene: Scene) -> _Made | None:
+    if scene.chart is not None or not scene.lines:
+        return None
+    text = " ".join(scene.lines)
+    return _Made("reading", {}, f"It says {quoted(text)}.", text)
+
+
+def _caption(rng, scene: Scene) -> _Made | None:
+    if scene.chart is not None:
+        return None
+    size = scene.image.shape[0]
+    ordered = sorted(_things(scene), key=lambda t: (int(t.centre[1] * 3 / size), t.centre[0]))
     counted: dict[str, int] = {}
     for thing in ordered:
         counted[describe(thing)] = counted.get(describe(thing), 0) + 1
     parts = [what if n == 1 else f"{n} {plural(what.split(' ', 1)[1])}" for what, n in counted.items()]
-    if scene.word is not None:
-        parts.append(f"the word {scene.word}")
-    text = _joined(parts)
-    return Question("caption", "{}", f"{text[0].upper()}{text[1:]}.", text)
+    parts += [f"the text {quoted(' '.join(scene.lines))}"] if scene.lines else []
+    text = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+    return _Made("caption", {}, f"{text[0].upper()}{text[1:]}.", text)
+
+
+def _unanswerable(rng, scene: Scene) -> _Made | None:
+    absent = sorted(set(OBJECT_NAMES) - {thing.name for thing in scene.things})
+    return _Made("unanswerable", {"name": str(rng.choice(absent))}, CANNOT_TELL, CANNOT_TELL)
 
 
 _MAKERS = {
-    "naming": _naming, "counting": _counting, "colour": _colour,
-    "shape": _shape, "presence": _presence, "reading": _reading, "caption": _caption,
+    "naming": _naming, "presence": _presence, "counting": _counting, "colour": _colour, "shape": _shape,
+    "relations": _relations, "grounding": _grounding, "pointing": _pointing, "reading": _reading,
+    "caption": _caption, "unanswerable": _unanswerable,
 }  # fmt: skip
 
 
 def ask(rng: np.random.Generator, scene: Scene, task: str, held_out: bool = False) -> Question | None:
     """One question of `task`, or None if this scene does not allow it."""
-    made = _MAKERS[task](rng, scene)
-    if made is None:
-        return None
-    known = PHRASINGS[task][-HELD_OUT_PHRASINGS:] if held_out else PHRASINGS[task][:-HELD_OUT_PHRASINGS]
-    phrase = str(rng.choice(known))
-    prompt = phrase.format(plural=made.prompt, name=made.prompt, colour=made.prompt, a_name=made.prompt)
-    return Question(task, prompt, made.answer, made.key)
+    slack = 0.0
+    if task in ("chart", "table"):
+        asked = chart_questions.ask(rng, scene, task)
+        if asked is None:
+            return None
+        made, slack = _Made(*asked[:4]), asked[4]
+    else:
+        made = _MAKERS[task](rng, scene)
+        if made is None:
+            return None
+    phrase = str(rng.choice(phrasings(made.phrasing, held_out)))
+    return Question(task, phrase.format(**made.fills), made.answer, made.key, slack)
+
+
+# How often each task is tried; those that fit few scenes or are slow to learn come first more often.
+_WEIGHTS = {
+    "naming": 1, "presence": 2, "counting": 2.5, "colour": 2, "shape": 1, "relations": 2.5, "grounding": 2.5,
+    "pointing": 1, "reading": 4, "chart": 8, "table": 8, "caption": 0.7, "unanswerable": 0.5,
+}  # fmt: skip
 
 
 def ask_all(rng: np.random.Generator, scene: Scene, most: int) -> list[Question]:
-    """Up to `most` different questions in random order, as the turns of one conversation."""
-    # Colour and shape fit few scenes, and counting is slow to learn: they are asked first, and more than once.
-    rare = ["colour", "shape", "presence", "counting", "counting"]
-    tasks = [str(task) for task in (*rng.permutation(rare), *rng.permutation(list(_MAKERS)))]
-    questions: dict[str, Question] = {}
-    for task in tasks:
-        question = ask(rng, scene, task)
-        if question is not None:
-            questions.setdefault(question.prompt, question)
+    """Up to `most` questions with different answers, as the turns of one conversation; some ask about "it"."""
+    names, weights = list(_WEIGHTS), np.array(list(_WEIGHTS.values()))
+    questions: dict[tuple[str, str], Question] = {}
+    for task in rng.choice(names, 6 * most, p=weights / weights.sum()):
+        question = ask(rng, scene, str(task))
+        if question is None:
+            continue
+        for made in (question, _follow_up(rng, scene, question)):
+            if made is not None:
+                questions.setdefault((made.task, made.answer), made)
+        if len(questions) >= most:
+            break
     return list(questions.values())[:most]
 
 
-def is_right(question: Question, reply: str) -> bool:
-    """Exact scoring: the key is said and no other candidate of its kind is."""
-    words = re.findall(r"[a-z]+|\d+", reply.lower())
-    if question.task == "reading":
-        return bool(words) and words[-1] == question.key
-    if question.task == "presence":
-        return bool(words) and words[0] == question.key
-    if question.task == "counting":
-        said = {int(w) if w.isdigit() else NUMBERS[w] for w in words if w.isdigit() or w in NUMBERS}
-        return said == {int(question.key)}
-    kinds = {"naming": {n: n for n in OBJECT_NAMES}, "colour": {c: c for c in COLOURS}, "shape": {s: s for s in SHAPES}}
-    candidates = kinds[question.task]
-    candidates = {form: name for name in candidates for form in (name, plural(name))}
-    return {candidates[w] for w in words if w in candidates} == {question.key}
+def _follow_up(rng: np.random.Generator, scene: Scene, question: Question) -> Question | None:
+    """What may be asked next about the thing that was just named."""
+    things = _things(scene)
+    if question.task not in ("naming", "shape") or len(things) != 1 or rng.random() < 0.6:
+        return None
+    task = "colour" if things[0].kind == "shape" and rng.random() < 0.5 else "grounding"
+    made = ask(rng, scene, task)
+    return replace(made, prompt=str(rng.choice(FOLLOW_UPS[task]))) if made else None

@@ -47,6 +47,33 @@ def cosine(step: int, steps: int, warmup: int) -> float:
     return min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(step / steps, 1.0))))
 
 
+class Masters:
+    """Float32 copies of `parameters`, which an optimizer steps while the model computes in a narrower dtype."""
+
+    def __init__(self, parameters: list[nn.Parameter]):
+        self.parameters = parameters
+        self.copies = nn.ParameterList(p.detach().float().clone() for p in parameters)
+
+    @torch.no_grad()
+    def take_gradients(self) -> None:
+        """Moves the model's gradients to the copies."""
+        for copy, parameter in zip(self.copies, self.parameters, strict=True):
+            copy.grad = None if parameter.grad is None else parameter.grad.float()
+            parameter.grad = None
+
+    @torch.no_grad()
+    def give_back(self) -> None:
+        """Writes the copies into the model."""
+        torch._foreach_copy_(self.parameters, list(self.copies))
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return self.copies.state_dict()
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self.copies.load_state_dict(state)
+        self.give_back()
+
+
 class Run:
     """A training run in `folder`. `parts`: what a checkpoint holds, each with a `state_dict`."""
 

@@ -3,10 +3,13 @@
 It knows nothing of pictures or training.
 """
 
+import copy
 import json
 from pathlib import Path
 
 import torch
+
+from mllm_demo.models.quantize import compute_dtype
 
 PROMPTS = (
     "What is the capital of France?", "Hi!", "Hello, who are you?", "How are you today?", "Tell me a short joke.",
@@ -27,29 +30,43 @@ PROMPTS = (
 )  # fmt: skip
 
 
+INVENTED = 256  # prompts that the base model asks itself
+TEMPERATURE, BATCH = 0.9, 64
+
+
 @torch.no_grad()
-def replies(model, processor, file: Path, max_new_tokens: int = 40) -> tuple[tuple[str, str], ...]:
-    """(prompt, the base model's greedy reply) pairs that ended by themselves or at a sentence; kept in `file`."""
+def replies(model, processor, file: Path, rank: int = 0, max_new_tokens: int = 48) -> tuple[tuple[str, str], ...]:
+    """(prompt, the base model's own greedy reply) pairs that ended at a sentence; kept in `file`.
+
+    Beside the prompts above the base model invents some: what follows an opened user turn, sampled. Processes of a
+    higher `rank` leave the work, and the writing, to the first.
+    """
     if not file.exists():
-        tokenizer = processor.tokenizer
-        pairs = []
-        for start in range(0, len(PROMPTS), 16):
-            prompts = PROMPTS[start : start + 16]
-            texts = [
-                processor.apply_chat_template(
-                    [{"role": "user", "content": [{"type": "text", "text": p}]}], add_generation_prompt=True
-                )
-                for p in prompts
-            ]
-            inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
-            made = model.generate(
-                input_ids=inputs.input_ids,
-                attention_mask=inputs.attention_mask,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-            )
-            new = tokenizer.batch_decode(made[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
-            pairs += [(p, reply[: reply.rfind(".") + 1].strip()) for p, reply in zip(prompts, new, strict=True)]
+        if rank > 0:
+            raise SystemExit(f"{file} is missing: run one process first, which writes it.")
+        tokenizer, device = processor.tokenizer, model.device
+        base = copy.deepcopy(model).to(compute_dtype(device))
+
+        def generate(texts: list[str], **how) -> list[str]:
+            made = []
+            for start in range(0, len(texts), BATCH):
+                inputs = tokenizer(texts[start : start + BATCH], return_tensors="pt", padding=True, padding_side="left")
+                new = base.generate(**inputs.to(device), **how)[:, inputs.input_ids.shape[1] :]
+                made += tokenizer.batch_decode(new, skip_special_tokens=True)
+                print(f"small talk: {len(made)} of {len(texts)}", flush=True)
+            return made
+
+        def asked(prompt: str) -> str:
+            message = {"role": "user", "content": [{"type": "text", "text": prompt}]}
+            return processor.apply_chat_template([message], add_generation_prompt=True)
+
+        opened = asked("MARK").split("MARK")[0]
+        torch.manual_seed(0)
+        sampled = generate([opened] * INVENTED, max_new_tokens=40, do_sample=True, temperature=TEMPERATURE)
+        invented = [text.strip() for text in sampled if text.strip().endswith(("?", ".")) and len(text) < 160]
+        prompts = [*PROMPTS, *dict.fromkeys(invented)]
+        answers = generate([asked(prompt) for prompt in prompts], max_new_tokens=max_new_tokens, do_sample=False)
+        pairs = [(p, reply[: reply.rfind(".") + 1].strip()) for p, reply in zip(prompts, answers, strict=True)]
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps([pair for pair in pairs if pair[1]], indent=1))
     return tuple((prompt, reply) for prompt, reply in json.loads(file.read_text()))

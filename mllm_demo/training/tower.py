@@ -65,7 +65,7 @@ class DenseHeads(nn.Module):
         self.scale = nn.Parameter(torch.tensor(10.0))
         self.register_buffer("table", table)
         weights = torch.ones(len(CONCEPTS))
-        weights[0] = 0.25  # most cells are empty
+        weights[0] = 0.08  # most cells are empty
         self.register_buffer("weights", weights)
         letter_weights = torch.ones(1 + len(CHARACTERS))
         letter_weights[0] = 0.2
@@ -95,7 +95,8 @@ class DenseHeads(nn.Module):
             "covered": cross_entropy(covered, target.covered, self.weights),
             "aligned": 2 * cross_entropy(self.similarity(tokens), target.centred, self.weights),
             "distance": 0.1 * (tokens[known] - wanted).square().mean() / self.table.var(),
-            "letters": 2 * cross_entropy(letters.unflatten(-1, (LETTER_SLOTS, -1)), target.letters, self.letter_weights),
+            "letters": 2
+            * cross_entropy(letters.unflatten(-1, (LETTER_SLOTS, -1)), target.letters, self.letter_weights),
             "boxes": 10 * (boxes.sigmoid()[boxed] - target.boxes[boxed]).abs().mean(),
             "values": 0.4 * cross_entropy(values, target.values),
             "colours": 0.4 * cross_entropy(colours, target.colours),
@@ -138,7 +139,7 @@ def overlap(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=650)
     parser.add_argument("--batch-size", type=int, default=48, help="pictures a step, over all processes")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -165,7 +166,7 @@ def main() -> None:
     old = [p for p in trunk.parameters() if p.requires_grad]
     new = [*connector.parameters(), *heads.parameters(), *(p for n, p in tower.named_parameters() if n in set(missing))]
     optimizer = torch.optim.AdamW([{"params": new}, {"params": old}], lr=options.lr, weight_decay=0.02)
-    rates = (options.lr, options.lr * 0.5)
+    rates = (options.lr, options.lr)
     parts = {"tower": tower, "connector": connector, "heads": heads, "optimizer": optimizer}
     run = Run(options.out, parts, options.steps, options.batch_size, rank)
 

@@ -3,6 +3,7 @@
 It knows nothing of downloads, caches, quantization or adapters.
 """
 
+import json
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from mllm_demo.errors import CheckpointError
 from mllm_demo.models.bundled.tower import TesseraVisionConfig
 
 IMAGE_TOKEN = "<image>"
+VISION_CONFIG = "vision_config.json"
 VISION_PARTS = ("model.vision_tower.", "model.multi_modal_projector.")
 # ImageNet statistics, which the tower's published weights expect.
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -35,9 +37,20 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_processor(gguf: Path) -> LlavaProcessor:
+def vision_config(path: Path | None) -> TesseraVisionConfig:
+    """The tower's shape as recorded beside the vision weights in `path`; None: the shape that is trained today."""
+    if path is None:
+        return TesseraVisionConfig()
+    try:
+        return TesseraVisionConfig(**json.loads(path.with_name(VISION_CONFIG).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{VISION_CONFIG} of the bundled model is missing or damaged; get the whole repository again."
+        ) from error
+
+
+def make_processor(gguf: Path, vision: TesseraVisionConfig) -> LlavaProcessor:
     """Tokenizer from the language model's own file, one new image token, and a square resize of the picture."""
-    vision = TesseraVisionConfig()
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
     tokenizer.chat_template = CHAT_TEMPLATE
@@ -63,7 +76,7 @@ def assemble(gguf: Path, processor: LlavaProcessor, vision_file: Path | None = N
     language = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     language.resize_token_embeddings(len(processor.tokenizer), mean_resizing=False)
     del language.config.quantization_config
-    vision = TesseraVisionConfig()
+    vision = vision_config(vision_file)
     config = LlavaConfig(
         vision_config=vision,
         text_config=language.config,
@@ -93,13 +106,14 @@ def vision_state(model) -> dict[str, torch.Tensor]:
 
 
 def save_vision(model, path: Path) -> None:
-    """Weights in float16, batch-norm statistics as they are."""
+    """Weights in float16, batch-norm statistics as they are; the tower's configuration goes beside them."""
 
     def stored(name: str, value: torch.Tensor) -> torch.Tensor:
         return value.half() if value.is_floating_point() and "running_" not in name else value
 
     state = {name: stored(name, value) for name, value in vision_state(model).items()}
     save_file(state, path, metadata={"format": "pt"})
+    path.with_name(VISION_CONFIG).write_text(model.model.vision_tower.config.to_json_string())
 
 
 def load_vision(model, path: Path) -> None:

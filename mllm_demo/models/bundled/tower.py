@@ -2,8 +2,9 @@
 
 Architecture: Tan & Le, "EfficientNet" (arXiv:1905.11946, table 1) in the Lite variant (no squeeze-excitation,
 ReLU6, stem and head not scaled). The last stride-16 map is folded 2x2 into channels and joined with the
-stride-32 map, so each image token keeps fine detail (letters) and wide context (objects); a few transformer layers
-then let every token look at all others (a bar at its axis, a letter at its word).
+stride-32 map, so each image token keeps fine detail (letters) and wide context (objects). Where the configuration has
+`num_hidden_layers`, that many transformer layers then let every token look at all others (a bar at its axis, a letter
+at its word).
 It knows nothing of language: what a token means is the connector's business.
 """
 
@@ -26,10 +27,15 @@ STAGES = (
     (6, 320, 1, 1, 3),
 )
 FINE_STAGE = 4  # the last stage at half the final resolution
+JOINED_SIZE = 4 * STAGES[FINE_STAGE][1] + STAGES[-1][1]
 
 
 class TesseraVisionConfig(PretrainedConfig):
-    """Shape of the tower. `image_size` in pixels; `patch_size` is the total stride, one token a patch."""
+    """Shape of the tower.
+
+    `image_size` in pixels; `patch_size` is the total stride, one token a patch. Without transformer layers
+    (`num_hidden_layers` 0) `hidden_size` is `JOINED_SIZE`, the width of the two maps together.
+    """
 
     model_type = "tessera_vision"
     base_config_key = "vision_config"
@@ -112,6 +118,30 @@ class MBConv(nn.Module):
         return x + y if self.residual else y
 
 
+class Context(nn.Module):
+    """Tokens `[B, side * side, JOINED_SIZE]` → `[B, side * side, hidden_size]`, which know their place and each other."""
+
+    def __init__(self, config: TesseraVisionConfig):
+        super().__init__()
+        self.norm = nn.LayerNorm(JOINED_SIZE)
+        self.proj = nn.Linear(JOINED_SIZE, config.hidden_size)
+        self.row_embed = nn.Parameter(torch.zeros(config.side, 1, config.hidden_size))
+        self.column_embed = nn.Parameter(torch.zeros(1, config.side, config.hidden_size))
+        layer = SiglipVisionConfig(
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_attention_heads=config.num_attention_heads,
+            attn_implementation="sdpa",
+        )
+        self.layers = nn.ModuleList(SiglipEncoderLayer(layer) for _ in range(config.num_hidden_layers))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.proj(self.norm(x)) + (self.row_embed + self.column_embed).flatten(0, 1)
+        for layer in self.layers:
+            x = layer(x, None)
+        return x
+
+
 class TesseraVisionModel(PreTrainedModel):
     """`pixel_values [B, 3, image_size, image_size]` → one hidden state `[B, tokens, hidden_size]`."""
 
@@ -132,18 +162,7 @@ class TesseraVisionModel(PreTrainedModel):
                 channels = outputs
             stages.append(nn.Sequential(*blocks))
         self.stages = nn.ModuleList(stages)
-        joined = 4 * STAGES[FINE_STAGE][1] + channels
-        self.joined_norm = nn.LayerNorm(joined)
-        self.joined_proj = nn.Linear(joined, config.hidden_size)
-        self.row_embed = nn.Parameter(torch.zeros(config.side, 1, config.hidden_size))
-        self.column_embed = nn.Parameter(torch.zeros(1, config.side, config.hidden_size))
-        reader = SiglipVisionConfig(
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_attention_heads=config.num_attention_heads,
-            attn_implementation="sdpa",
-        )
-        self.layers = nn.ModuleList(SiglipEncoderLayer(reader) for _ in range(config.num_hidden_layers))
+        self.context = Context(config) if config.num_hidden_layers else nn.Identity()
         self.norm = nn.LayerNorm(config.hidden_size)
         self.post_init()
 
@@ -154,11 +173,7 @@ class TesseraVisionModel(PreTrainedModel):
             if index == FINE_STAGE:
                 fine = functional.pixel_unshuffle(x, 2)  # (B, 4 * 112, H/32, W/32)
         x = torch.cat((fine, x), dim=1).flatten(2).transpose(1, 2)  # (B, tokens, hidden_size)
-        # (B, tokens, joined) → (B, tokens, hidden_size)
-        x = self.joined_proj(self.joined_norm(x)) + (self.row_embed + self.column_embed).flatten(0, 1)
-        for layer in self.layers:
-            x = layer(x, None)
-        x = self.norm(x)
+        x = self.norm(self.context(x))
         return BaseModelOutput(last_hidden_state=x, hidden_states=(x,))
 
 

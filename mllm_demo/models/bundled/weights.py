@@ -19,7 +19,7 @@ from transformers import LlavaForConditionalGeneration
 
 from mllm_demo.chat.events import LoadProgress
 from mllm_demo.errors import CheckpointError, DemoError, LoadError
-from mllm_demo.models.bundled.assembly import assemble, make_processor
+from mllm_demo.models.bundled.assembly import VISION_CONFIG, assemble, make_processor, vision_config
 from mllm_demo.models.bundled.fetch import WHEEL_SHA256, language_model
 from mllm_demo.models.fetching import Progress, default_cache_dir, monotone
 from mllm_demo.models.progress import bars_as_progress
@@ -36,9 +36,10 @@ LAYOUT_VERSION = 1  # raise when the saved folder changes shape
 def _key(quantization: str) -> str:
     """Changes whenever anything that the saved folder is made of changes."""
     digest = hashlib.sha256(f"{LAYOUT_VERSION} {WHEEL_SHA256}".encode())
-    if not VISION_FILE.exists():
-        raise CheckpointError(f"{VISION_FILE.name} of the bundled model is missing; get the whole repository again.")
-    digest.update(VISION_FILE.read_bytes())
+    for file in (VISION_FILE, VISION_FILE.with_name(VISION_CONFIG)):
+        if not file.exists():
+            raise CheckpointError(f"{file.name} of the bundled model is missing; get the whole repository again.")
+        digest.update(file.read_bytes())
     return f"tessera-{digest.hexdigest()[:12]}-{quantization}"
 
 
@@ -64,7 +65,7 @@ def prepare(quantization: str, cache_dir: Path | None, progress: Progress) -> Pa
             bars_as_progress(monotone(progress, 0.6, 0.8)),
         ):
             full, ready = Path(folder) / "full", Path(folder) / "ready"
-            processor = make_processor(gguf)
+            processor = make_processor(gguf, vision_config(VISION_FILE))
             model = assemble(gguf, processor, VISION_FILE)
             progress(LoadProgress(0.8, "Saving the language model joined to its eyes"))
             _halve(model.model.language_model)

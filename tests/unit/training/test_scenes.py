@@ -4,8 +4,13 @@ import numpy as np
 import pytest
 
 from mllm_demo.training import scenes
-from mllm_demo.training.concepts import CONCEPTS, cell_targets, concept_of
-from mllm_demo.training.words import TEST_WORDS, TRAIN_WORDS
+from mllm_demo.training.art import HELD_OUT_STYLE, OBJECT_NAMES
+from mllm_demo.training.concepts import CONCEPTS, UNKNOWN, VALUE_BINS, cell_targets, concept_of
+from mllm_demo.training.lettering import CHARACTERS
+from mllm_demo.training.things import COLOURS, Chart, Scene, Thing
+from mllm_demo.training.words import TEST_WORDS, TRAIN_WORDS, invented
+
+SIZE = scenes.SIZE
 
 
 def test_the_same_index_is_the_same_picture_and_another_is_not(art):
@@ -24,15 +29,37 @@ def test_splits_draw_from_different_streams_styles_fonts_and_words(art):
     assert "openmoji" not in scenes.TRAIN.styles
 
 
+def test_no_drawing_is_shown_in_training_and_in_evaluation(art, monkeypatch):
+    """Every object is withheld in one style: training never draws it in that one, evaluation only in that one."""
+    drawn = {}
+    for split in (scenes.TRAIN, scenes.HELD_OUT):
+        for style in split.styles:
+            monkeypatch.setitem(art.sprites, style, art.sprites[style].copy())
+            art.sprites[style][..., 0] = split.styles.index(style)  # red tells the style
+        rng = np.random.default_rng(0)
+        drawn[split.name] = {
+            (name, int(scenes._sprite(rng, art, split, name)[0, 0, 0])) for name in OBJECT_NAMES for _ in range(30)
+        }
+    withheld = {(name, scenes.TRAIN.styles.index(style)) for name, style in HELD_OUT_STYLE.items()}
+    assert drawn["held-out"] == withheld and not drawn["train"] & withheld
+
+
+def test_invented_words_are_never_words_of_the_evaluation():
+    rng = np.random.default_rng(0)
+    made = {invented(rng) for _ in range(2000)}
+    assert len(made) > 1500 and not made & set(TEST_WORDS)
+    assert all(3 <= len(word) <= 8 for word in made)
+
+
 @pytest.mark.parametrize("kind", scenes.KINDS)
 def test_every_thing_lies_in_the_picture_and_is_really_drawn_there(art, kind):
     for index in range(6):
         scene = scenes.render(art, scenes.TRAIN, 1, index, kind=kind)
-        assert scene.things and scene.image.shape == (224, 224, 3) and scene.image.dtype == np.uint8
+        assert scene.things and scene.image.shape == (SIZE, SIZE, 3) and scene.image.dtype == np.uint8
         for thing in scene.things:
             x0, y0, x1, y1 = thing.box
-            assert -1 <= x0 < x1 <= 225 and -1 <= y0 < y1 <= 225
-            inside = scene.image[int(y0) : int(y1), max(int(x0), 0) : int(x1)]
+            assert -SIZE * 0.06 <= x0 < x1 <= SIZE * 1.06 and -SIZE * 0.06 <= y0 < y1 <= SIZE * 1.06
+            inside = scene.image[max(int(y0), 0) : int(y1) + 1, max(int(x0), 0) : int(x1) + 1]
             assert inside.astype(int).std() > 1  # not bare background
 
 
@@ -42,17 +69,49 @@ def test_a_shape_has_the_colour_its_label_says(art):
         for thing in scene.of_kind("shape"):
             x, y = (int(v) for v in thing.centre)
             drawn = scene.image[y - 2 : y + 3, x - 2 : x + 3].reshape(-1, 3).mean(0)
-            named = {name: np.abs(np.array(rgb) - drawn).sum() for name, rgb in scenes.COLOURS.items()}
+            named = {name: np.abs(np.array(rgb) - drawn).sum() for name, rgb in COLOURS.items()}
             # Brightness damage moves the tone, never as far as a different colour's.
             assert thing.colour in sorted(named, key=named.get)[:2]
 
 
-def test_cell_targets_hold_each_thing_once_at_its_centre(art):
-    scene = scenes.render(art, scenes.TRAIN, 0, 0, kind="objects")
-    centred, covered = cell_targets(scene, 7, 7)
-    assert sorted(centred[centred > 0]) == sorted(concept_of(thing) for thing in scene.things)
-    thing = scene.things[-1]
-    cell = int(thing.centre[1] // 32) * 7 + int(thing.centre[0] // 32)
-    assert centred[cell] == concept_of(thing)
-    assert (covered > 0).sum() >= (centred > 0).sum() or len(scene.things) > 1
+def test_the_bars_of_a_chart_are_as_high_as_their_values(art):
+    for index in range(20):
+        scene = scenes.render(art, scenes.TRAIN, 3, index, kind="chart", chart="bar")
+        heights = [part.box[3] - part.box[1] for part in scene.of_kind("part")]
+        assert len(heights) == len(scene.chart.values) == len(scene.chart.labels)
+        assert np.array_equal(np.argsort(heights), np.argsort(scene.chart.values))
+        shares = np.array(heights) / np.array(scene.chart.values)
+        assert shares.std() / shares.mean() < 0.1  # one scale for all, to a pixel or two
+        assert set(scene.chart.labels) <= set(scene.lines)
+
+
+@pytest.mark.parametrize("chart", ["line", "pie", "table"])
+def test_other_charts_hold_their_labels_values_and_parts(art, chart):
+    for index in range(10):
+        scene = scenes.render(art, scenes.TRAIN, 4, index, kind="chart", chart=chart)
+        assert scene.chart.kind == chart and len(scene.chart.regions) == len(scene.chart.values)
+        assert all(any(line.startswith(label) for line in scene.lines) for label in scene.chart.labels)
+        assert chart != "pie" or sum(scene.chart.values) == 100
+        assert chart != "table" or {str(value) for value in scene.chart.values} <= set(scene.lines)
+
+
+def test_cell_targets_hold_each_thing_once_at_its_centre():
+    things = (Thing("object", "dog", (0, 0, 60, 60)), Thing("shape", "star", (64, 64, 96, 96), "red"))
+    target = cell_targets(Scene(np.zeros((96, 96, 3), np.uint8), things), 3)
+    assert [int(v) for v in target.centred[[0, 8]]] == [concept_of(thing) for thing in things]
+    assert (target.centred > 0).sum() == 2
+    assert target.covered.reshape(3, 3)[:2, :2].tolist() == [[concept_of(things[0])] * 2] * 2
+    assert target.boxes[8].tolist() == pytest.approx([2 / 3, 2 / 3, 1, 1]) and np.isnan(target.boxes[1]).all()
     assert len(set(CONCEPTS)) == len(CONCEPTS)
+
+
+def test_cell_targets_read_letters_from_left_to_right_and_know_the_value_of_their_bar():
+    letters = tuple(Thing("letter", c, (x, 70, x + 8, 80)) for c, x in (("b", 12), ("a", 2), ("z", 70)))
+    chart = Chart("bar", ("ab", "z"), (50, 100), ("red", None), 100, ((0, 0, 32, 96), (64, 0, 96, 96)))
+    target = cell_targets(Scene(np.zeros((96, 96, 3), np.uint8), letters, ("ab", "z"), chart), 3)
+    read = ["".join(CHARACTERS[i - 1] for i in row if i) for row in target.letters]
+    assert read == [""] * 6 + ["ab", "", "z"]
+    # One letter looks like itself; two together have no word of their own.
+    assert target.centred[6] == UNKNOWN and target.centred[8] == concept_of(letters[2])
+    assert target.values.reshape(3, 3).tolist() == [[(VALUE_BINS - 1) // 2, UNKNOWN, VALUE_BINS - 1]] * 3
+    assert target.colours.reshape(3, 3).tolist() == [[0, UNKNOWN, UNKNOWN]] * 3

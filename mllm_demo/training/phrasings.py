@@ -1,0 +1,113 @@
+"""How every task is asked, in many words; the last phrasings of each are kept for evaluation only.
+
+It knows nothing of scenes or answers.
+"""
+
+HELD_OUT_PHRASINGS = 2
+PHRASINGS = {
+    "naming": (
+        "What is in the picture?", "What is this?", "What do you see?", "Name the object.",
+        "Which object is shown?", "What does the image show?", "Can you tell me what this is?",
+        "What object is in this image?", "Identify the object.", "What's that?", "what is it", "What is shown here?",
+        "what is in this image", "Tell me what you see in this picture.", "What is pictured here?",
+    ),
+    "counting": (
+        "How many {plural} are there?", "How many {plural} do you see?", "Count the {plural}.",
+        "How many {plural} are in the picture?", "What is the number of {plural}?", "how many {plural}",
+        "How many {plural} can you see in the image?", "Tell me how many {plural} there are.",
+        "How many {plural} does the picture show?", "Please count the {plural} in this image.",
+    ),
+    "colour": (
+        "What colour is the {name}?", "What color is the {name}?", "Which colour does the {name} have?",
+        "Tell me the color of the {name}.", "What is the colour of the {name}?", "what color is the {name}",
+        "Name the colour of the {name}.", "Which color is the {name}?", "The {name} has what color?",
+    ),
+    "shape": (
+        "What shape is the {colour} thing?", "Which shape is {colour}?", "What is the {colour} shape?",
+        "Name the {colour} shape.", "What {colour} shape is there?", "What is the shape of the {colour} figure?",
+        "Tell me the shape that is {colour}.", "What shape does the {colour} figure have?",
+    ),
+    "presence": (
+        "Is there {a_name}?", "Is there {a_name} in the picture?", "Do you see {a_name}?", "Can you see {a_name}?",
+        "Does the image show {a_name}?", "Is there {a_name} in this image?", "Does the picture contain {a_name}?",
+        "Are you able to spot {a_name} here?", "Can {a_name} be seen in the image?",
+    ),
+    "relations": (
+        "Where is {the_name} relative to {the_other}?", "Where is {the_name} compared with {the_other}?",
+        "What is the position of {the_name} relative to {the_other}?", "On which side of {the_other} is {the_name}?",
+        "Where does {the_name} stand in relation to {the_other}?", "Seen from {the_other}, where is {the_name}?",
+    ),
+    "grounding": (
+        "Where is {the_name}?", "Locate {the_name}.", "Find {the_name}.", "Give the box of {the_name}.",
+        "Where in the picture is {the_name}?", "where is {the_name}", "Show me where {the_name} is.",
+        "What is the bounding box of {the_name}?", "In which place of the image is {the_name}?",
+    ),
+    "pointing": (
+        "What is at {box}?", "What is in the box {box}?", "Name the thing at {box}.", "What do you see at {box}?",
+        "what is inside {box}", "Which thing is at {box}?", "Tell me what is inside the region {box}.",
+    ),
+    "reading": (
+        "What does it say?", "Read the text.", "What is written here?", "Read the word.",
+        "What is the text in the picture?", "What text is shown?", "Which word do you see?", "what does the text say",
+        "Read this.", "What does the image say?", "Please read what is written in the picture.",
+    ),
+    "largest": (
+        "Which {part} is the largest?", "Which one is the highest?", "What is the largest {part}?",
+        "Which label has the highest value?", "Which is the biggest?", "Which {part} has the greatest value?",
+        "Name the {part} with the highest value.",
+    ),
+    "smallest": (
+        "Which {part} is the smallest?", "Which one is the lowest?", "What is the smallest {part}?",
+        "Which label has the lowest value?", "Which is the least?", "Which {part} has the smallest value?",
+        "Name the {part} with the lowest value.",
+    ),
+    "value": (
+        "What is the value of {label}?", "What value does {label} have?", "How much is {label}?",
+        "What is the number for {label}?", "how high is {label}", "Read the value of {label}.",
+        "Tell me the value of {label}.", "What does the chart give for {label}?",
+    ),
+    "comparison": (
+        "Is {label} larger than {second}?", "Is {label} higher than {second}?", "Does {label} have more than {second}?",
+        "Is the value of {label} greater than that of {second}?", "Is {label} bigger than {second}?",
+        "Has {label} a higher value than {second}?",
+    ),
+    "label": (
+        "Which label belongs to the {colour} {part}?", "What does the {colour} {part} stand for?",
+        "What is the label of the {colour} {part}?", "Name the {colour} {part}.",
+        "What is the {colour} {part} called?", "Which name does the {colour} {part} have?",
+    ),
+    "chart colour": (
+        "What colour is the {part} of {label}?", "What color is {label}?", "Which colour stands for {label}?",
+        "What is the colour of {label}?", "Which color does {label} have?", "Tell me the colour of {label}.",
+    ),
+    "chart kind": (
+        "What kind of chart is this?", "What type of chart is shown?", "Which kind of diagram is this?",
+        "what chart is this", "Is this a bar chart, a line chart, a pie chart or a table?",
+        "What sort of chart do you see?", "Name the type of this diagram.",
+    ),
+    "chart count": (
+        "How many {parts} are there?", "How many {parts} does it have?", "Count the {parts}.",
+        "how many {parts} do you see", "How many {parts} are shown?", "Tell me the number of {parts}.",
+    ),
+    "caption": (
+        "Describe the picture.", "What can you see?", "List everything in the image.", "Describe this image.",
+        "What are the things in the picture?", "Tell me about this picture.",
+    ),
+    "unanswerable": (
+        "What colour is the {name}?", "How many wheels does the {name} have?", "Where is the {name}?",
+        "Who made this picture?", "When was this picture taken?", "What is the name of the artist?",
+        "What is the weather like tomorrow?", "How much does it cost?", "What is the person thinking?",
+        "Who is the owner of the {name}?", "In which city was this taken?", "What happened before this picture?",
+        "What is the phone number?", "What does the {name} weigh?", "Who took this picture?", "How old is the {name}?",
+    ),
+}  # fmt: skip
+# Beside the picture's own things: what is asked after a first answer, about the same thing.
+FOLLOW_UPS = {
+    "colour": ("What colour is it?", "And its colour?", "Which color does it have?"),
+    "grounding": ("Where is it?", "And where is it?", "Where exactly?"),
+}
+
+
+def phrasings(task: str, held_out: bool) -> tuple[str, ...]:
+    known = PHRASINGS[task]
+    return known[-HELD_OUT_PHRASINGS:] if held_out else known[:-HELD_OUT_PHRASINGS]

@@ -1,0 +1,79 @@
+"""Questions become tokens whose answers are the only labels, and quoted text is spelled a character a token."""
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from mllm_demo.models.bundled.assembly import CHAT_TEMPLATE
+from mllm_demo.training.conversations import IGNORED, Encoder, collate
+
+
+class Processor:
+    """What an encoder asks of a processor: a byte-level tokenizer that joins letters, and the chat template."""
+
+    def __init__(self):
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        joined = ["oa", "oak", "Ġs", "Ġsa", "Ġsay", "Ġsays", 'Ġ"', '".']
+        vocabulary = {token: index for index, token in enumerate([*alphabet, *joined])}
+        pairs = [("o", "a"), ("oa", "k"), ("Ġ", "s"), ("Ġs", "a"), ("Ġsa", "y"), ("Ġsay", "s"), ("Ġ", '"'), ('"', ".")]
+        tokenizer = Tokenizer(models.BPE(vocabulary, pairs))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>", "<image>"])
+        self.tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHAT_TEMPLATE)
+        self.image_token_id = self.tokenizer.convert_tokens_to_ids("<image>")
+
+    def apply_chat_template(self, messages, **kwargs):
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    return Encoder(Processor(), 4)
+
+
+TURNS = [("What does it say?", 'It says "oak tree".'), ("Is it oak?", "Yes, oak.")]
+
+
+def test_the_sequence_is_what_the_chat_template_writes(encoder):
+    sample = encoder.encode(TURNS, torch.zeros(3, 2, 2))
+    messages = []
+    for index, (question, answer) in enumerate(TURNS):
+        content = [{"type": "text", "text": question}]
+        content = [{"type": "image"}, *content] if index == 0 else content
+        messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+    wanted = encoder.processor.apply_chat_template(messages).replace("<image>", "<image>" * 4)
+    assert encoder.tokenizer.decode(sample.input_ids) == wanted
+
+
+def test_labels_are_the_answers_and_their_ends_shifted_by_one(encoder):
+    sample = encoder.encode(TURNS, None)
+    kept = sample.labels != IGNORED
+    said = encoder.tokenizer.decode(sample.labels[kept])
+    assert said == 'It says "oak tree".<|im_end|>Yes, oak.<|im_end|>'
+    assert torch.equal(sample.labels[:-1][kept[:-1]], sample.input_ids[1:][kept[:-1]])
+
+
+def test_quoted_text_is_spelled_and_nothing_else(encoder):
+    ids = encoder.encode(TURNS, None).input_ids
+    tokens = encoder.tokenizer.convert_ids_to_tokens(ids)
+    start = tokens.index('Ġ"')
+    assert tokens[start + 1 : start + 9] == ["o", "a", "k", "Ġ", "t", "r", "e", "e"]
+    assert tokens[start - 1] == "Ġsays" and tokens[start + 9] == '".'
+    assert "oak" in tokens  # in the question and the second answer, where it is prose
+
+
+def test_small_talk_is_not_spelled(encoder):
+    tokens = encoder.tokenizer.convert_ids_to_tokens(encoder.encode([("Hi", 'Say "oak"')], None, spell=False).input_ids)
+    assert "oak" in tokens
+
+
+def test_a_batch_is_padded_on_the_right_and_holds_only_the_pictures_there_are(encoder):
+    long, short = encoder.encode(TURNS, torch.ones(3, 2, 2)), encoder.encode(TURNS[1:], None)
+    batch = collate([long, short], pad=7)
+    assert batch["pixel_values"].shape == (1, 3, 2, 2)
+    rest = len(short.input_ids)
+    assert (batch["input_ids"][1, rest:] == 7).all() and (batch["labels"][1, rest:] == IGNORED).all()
+    assert batch["attention_mask"].sum(1).tolist() == [len(long.input_ids), rest]
+    assert "pixel_values" not in collate([short], pad=7)
