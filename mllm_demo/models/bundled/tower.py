@@ -119,7 +119,7 @@ class MBConv(nn.Module):
 
 
 class Context(nn.Module):
-    """Tokens `[B, side * side, JOINED_SIZE]` → `[B, side * side, hidden_size]`, which know their place and each other."""
+    """`[B, side * side, JOINED_SIZE]` → `[B, side * side, hidden_size]`: tokens that know their place and each other."""
 
     def __init__(self, config: TesseraVisionConfig):
         super().__init__()
