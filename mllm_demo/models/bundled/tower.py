@@ -119,7 +119,7 @@ class MBConv(nn.Module):
 
 
 class Context(nn.Module):
-    """`[B, side * side, JOINED_SIZE]` → `[B, side * side, hidden_size]`: tokens that know their place and each other."""
+    """`[B, side * side, JOINED_SIZE]` → `[B, side * side, hidden_size]`: tokens in their place and context."""
 
     def __init__(self, config: TesseraVisionConfig):
         super().__init__()
