@@ -43,10 +43,10 @@ class ExpertWeights4bit(nn.Module):
         shapes = {"weight": math.ceil(values / 2), "absmax": blocks}
         for name, length in shapes.items():
             self.register_buffer(name, torch.zeros(num_experts, length, dtype=torch.uint8))
-        self.register_buffer("nested_absmax", torch.zeros(num_experts, math.ceil(blocks / NESTED_BLOCK)))
-        self.register_buffer("offset", torch.zeros(num_experts))
-        self.register_buffer("code", torch.zeros(16))
-        self.register_buffer("nested_code", torch.zeros(256))
+        statistics = {"nested_absmax": (num_experts, math.ceil(blocks / NESTED_BLOCK)), "offset": (num_experts,)}
+        # Whatever the default dtype, which is the model's while it is made.
+        for name, shape in (statistics | {"code": (16,), "nested_code": (256,)}).items():
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.float32))
 
     @classmethod
     def quantize(

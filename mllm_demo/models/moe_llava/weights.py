@@ -4,13 +4,14 @@ Tensors are read, joined and written one at a time. It knows nothing of hubs, pr
 """
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForImageTextToText
 
-from mllm_demo.errors import CheckpointError
+from mllm_demo.errors import CheckpointError, LoadError
 from mllm_demo.models.checkpoints import streaming
 from mllm_demo.models.checkpoints.source import Entry, Source
 from mllm_demo.models.checkpoints.streaming import Piece
@@ -89,12 +90,23 @@ def _piece(
     return Piece(name, shape, parts[0][0].dtype, load)
 
 
+def _check_disk(need: int, folder: Path) -> None:
+    need -= sum(path.stat().st_size for path in folder.iterdir())
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        raise LoadError(
+            f"Converting the weights needs {need / 1e9:.1f} GB in {folder.parent}, where {free / 1e9:.1f} GB is free; "
+            "make room or choose another --cache-dir."
+        )
+
+
 def write(found: list[Piece], folder: Path, progress: Callable[[float], None]) -> None:
     """Writes `found` to `folder` as sharded safetensors with their index; goes on where an earlier run stopped.
 
-    `progress` is told the share of bytes written.
+    `progress` is told the share of bytes written. Raises `LoadError` when the disk has no room for them.
     """
     total = max(1, sum(piece.nbytes for piece in found))
+    _check_disk(total, folder)
     shards: list[list[Piece]] = [[]]
     size = done = 0
     for piece in found:

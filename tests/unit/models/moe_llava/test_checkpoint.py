@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from mllm_demo import ask, cli
-from mllm_demo.errors import CheckpointError
+from mllm_demo.errors import CheckpointError, LoadError
 from mllm_demo.models import fetching
 from mllm_demo.models.catalog import MOE_LLAVA, find
 from mllm_demo.models.moe_llava import checkpoint
@@ -238,3 +239,10 @@ def test_a_folder_of_another_kind_is_none_of_ours(original, tmp_path):
     assert checkpoint.read_original(original)["model_type"] == "moe_llava_phi"
     assert checkpoint.read_original(convert(original, tmp_path)) is None
     assert checkpoint.read_original(tmp_path) is None
+
+
+def test_a_full_disk_is_said_before_anything_is_written(original, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    with pytest.raises(LoadError, match="GB is free; make room"):
+        convert(original, tmp_path)
+    assert not list(tmp_path.rglob("*.part"))
