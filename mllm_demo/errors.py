@@ -12,6 +12,7 @@
     ├── GenerationError          the model failed while answering
     │   ├── GenerationTimeout    it took longer than allowed
     │   └── QueueFullError       too many people are waiting
+    ├── RoutingError             a router or an expert that the model does not have
     └── TraceError               a routing trace with a hole, or a file that is not one
 
 It knows nothing of how errors are shown; the page and the command line each do that once, at the edge.
@@ -64,6 +65,10 @@ class GenerationTimeout(GenerationError):
 
 class QueueFullError(GenerationError):
     """Too many people are waiting for the model."""
+
+
+class RoutingError(DemoError):
+    """An intervention names a router or an expert that is not there, or leaves none to choose."""
 
 
 class TraceError(DemoError):

@@ -104,10 +104,10 @@ class MoeLoraRouter(nn.Module):
         """`z`: [.., in_features], or with granularity "modality" the ids, int64 [..]."""
         if torch.is_autocast_enabled(z.device.type):
             with torch.autocast(z.device.type, enabled=False):
-                return self._route(z)
-        return self._route(z)
+                return self.decide(self._logits(z))
+        return self.decide(self._logits(z))
 
-    def _route(self, z: torch.Tensor) -> RouterOutput:
+    def _logits(self, z: torch.Tensor) -> torch.Tensor:
         if self.granularity == "modality":
             logits = F.embedding(z, self.weight.float())
         elif self.norm_weight is not None:
@@ -125,7 +125,10 @@ class MoeLoraRouter(nn.Module):
             logits = logits / self.temperature
         if self.training and self.noise_std > 0.0:
             logits = logits + torch.randn_like(logits) * self.noise_std
+        return logits
 
+    def decide(self, logits: torch.Tensor) -> RouterOutput:
+        """The decision for logits [.., E]; an expert whose logit is -inf cannot be chosen while others can."""
         probs = torch.softmax(logits.to(self.softmax_dtype), dim=-1)
         if self.num_experts_per_tok == 1:
             weights, selected = probs.max(dim=-1, keepdim=True)

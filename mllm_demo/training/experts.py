@@ -1,0 +1,124 @@
+"""Whether the experts of a model have learned different work, in what they are chosen for and in what they do.
+
+    python -m mllm_demo.training.experts --items 24
+
+For every router the mutual information between a question's task and the chosen expert, with a permutation test; then
+for every task the change of every task's loss when the experts that it prefers may not be chosen anywhere, beside the
+same with random other experts. It knows nothing of how the model was trained.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from mllm_demo.models.loading import LoadedModel, load
+from mllm_demo.routing.controls import masked_experts
+from mllm_demo.routing.specialization import permutation_test, preferred
+from mllm_demo.routing.tap import RoutingTap
+from mllm_demo.routing.trace import Token
+from mllm_demo.settings import ModelChoice
+from mllm_demo.training.conversations import IGNORED, Encoder, Sample, collate
+from mllm_demo.training.evaluate import items
+from mllm_demo.training.questions import TASKS
+
+BATCH = 24
+
+
+def samples(loaded: LoadedModel, art: Path, split: str, count: int, seed: int) -> tuple[list[Sample], np.ndarray]:
+    """`count` held-out questions with their right answers per task, and the task of each, int64 `[items]`."""
+    encoder = Encoder(loaded.processor, loaded.model.config.vision_config.side**2)
+    made, tasks = [], []
+    for number, task in enumerate(TASKS):
+        for picture, question in items(art, split, task, count, seed):
+            pixels = loaded.processor.image_processor(picture, return_tensors="pt").pixel_values[0]
+            made.append(encoder.encode([(question.prompt, question.answer)], pixels))
+            tasks.append(number)
+    return made, np.array(tasks)
+
+
+def _inputs(loaded: LoadedModel, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.to(loaded.device) for name, value in batch.items() if name != "labels"}
+
+
+@torch.inference_mode()
+def choices(loaded: LoadedModel, made: list[Sample], pad: int) -> tuple[np.ndarray, tuple[str, ...]]:
+    """How many tokens of each item each expert served, int64 `[items, sites, experts]`, and the sites' names."""
+    counts = []
+    for sample in made:
+        with RoutingTap(loaded.model) as tap:
+            loaded.model(**_inputs(loaded, collate([sample], pad)), use_cache=False)
+            # What a token says does not matter here, only which experts served it.
+            tokens = [Token(int(i), "", "text", "user", "prefill") for i in sample.input_ids]
+            chosen = np.stack(list(tap.trace(tokens).selected_experts.values()))  # (sites, tokens, k)
+        experts = max(site.num_experts for site in tap.sites)
+        counts.append((chosen[..., None] == np.arange(experts)).sum((1, 2)))
+    return np.stack(counts), tuple(site.name for site in tap.sites)
+
+
+@torch.inference_mode()
+def losses(loaded: LoadedModel, made: list[Sample], pad: int) -> np.ndarray:
+    """Mean cross entropy of each item's answer tokens, float64 `[items]`."""
+    found = []
+    for start in range(0, len(made), BATCH):
+        batch = collate(made[start : start + BATCH], pad)
+        labels = batch["labels"].to(loaded.device)
+        logits = loaded.model(**_inputs(loaded, batch), use_cache=False).logits
+        each = functional.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+        found.append(each.sum(1) / (labels != IGNORED).sum(1))
+    return torch.cat(found).double().cpu().numpy()
+
+
+def per_task(values: np.ndarray, tasks: np.ndarray) -> np.ndarray:
+    return np.bincount(tasks, values) / np.bincount(tasks)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--items", type=int, default=24, help="questions per task")
+    parser.add_argument("--split", default="held-out")
+    parser.add_argument("--adapter", help="an adapter folder in place of the shipped one")
+    parser.add_argument("--seed", type=int, default=5)
+    parser.add_argument("--controls", type=int, default=3, help="random masks that each preferred mask is held against")
+    parser.add_argument("--permutations", type=int, default=500)
+    parser.add_argument("--art", type=Path, default=Path("runs/art"))
+    parser.add_argument("--out", type=Path, help="also write the figures to this JSON file")
+    options = parser.parse_args()
+    loaded = load(ModelChoice(adapter=options.adapter), None, lambda step: None)
+    pad = loaded.processor.tokenizer.pad_token_id
+    made, tasks = samples(loaded, options.art, options.split, options.items, options.seed)
+    counts, sites = choices(loaded, made, pad)
+    found = permutation_test(counts, tasks, options.permutations, options.seed)
+    print("router: information in bits (expected by chance), p")
+    for name, bits, p, chance in zip(sites, found.information, found.p_value, found.expected, strict=True):
+        print(f"{name}: {bits:.3f} ({chance:.3f}), p = {p:.3f}", flush=True)
+
+    rng, experts = np.random.default_rng(options.seed), counts.shape[-1]
+    favourite = preferred(counts, tasks)  # (tasks, sites)
+    plain = per_task(losses(loaded, made, pad), tasks)
+    table = []
+    for number, task in enumerate(TASKS):
+        others = [(favourite[number] + rng.integers(1, experts, len(sites))) % experts for _ in range(options.controls)]
+        changes = []
+        for mask in (favourite[number], *others):
+            with masked_experts(loaded.model, {site: [int(e)] for site, e in zip(sites, mask, strict=True)}):
+                changes.append(per_task(losses(loaded, made, pad), tasks) - plain)
+        own, control = changes[0], np.mean(changes[1:], axis=0)
+        table.append({"task": task, "loss": plain[number], "masked": own.tolist(), "random others": control.tolist()})
+        rest = np.delete(own, number).mean()
+        print(
+            f"{task:12} loss {plain[number]:.3f}; without its preferred experts {own[number]:+.3f} "
+            f"(other tasks {rest:+.3f}), without random others {control[number]:+.3f}",
+            flush=True,
+        )
+    if options.out:
+        report = {"sites": sites, "information": found.information.tolist(), "p": found.p_value.tolist()}
+        report |= {"expected": found.expected.tolist(), "masking": table, "items": options.items}
+        options.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
