@@ -15,7 +15,7 @@ from mllm_demo.training.words import TEST_WORDS, TRAIN_WORDS, invented
 
 SIZE = 288
 # How often each kind of picture is drawn.
-KINDS = {"single": 0.12, "same": 0.15, "objects": 0.2, "shapes": 0.15, "mixed": 0.07, "text": 0.13, "chart": 0.18}
+KINDS = {"single": 0.1, "same": 0.08, "objects": 0.16, "shapes": 0.08, "mixed": 0.04, "text": 0.29, "chart": 0.25}
 
 TRAIN = Split("train", TRAIN_STYLES, TRAIN_FONTS, TRAIN_WORDS, False)
 # Held out: drawings, fonts and words never trained on, backgrounds drawn from another random stream.

@@ -157,8 +157,8 @@ def test_a_deep_copy_is_independent(moe_llama, randomized, input_ids):
 @torch.no_grad()
 @pytest.mark.parametrize("scope", ("module", "block", "layer", "model"))
 def test_decoding_with_cache_equals_the_full_forward(moe_llama, input_ids, scope):
-    # In float64: a float32 sum depends on the number of threads, and these random layers magnify it to 5e-5. Routers stay
-    # in float32 all the same, and one row is summed in another order than six: 3e-5 on a processor with AVX512.
+    # In float64: a float32 sum depends on the number of threads, and these random layers magnify it to 5e-5. Routers
+    # stay in float32 all the same, and one row is summed in another order than six: 3e-5 on a processor with AVX512.
     model = moe_llama(router_scope=scope, num_experts_per_tok=2).double()
     full = model(input_ids=input_ids).logits
     cached = model(input_ids=input_ids[:, :3], use_cache=True)
