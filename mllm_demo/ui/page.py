@@ -139,10 +139,15 @@ def _settings_panels(engine: Engine, settings: Settings) -> tuple[list, list, gr
         ]
     with gr.Accordion(words.MODEL_SETTINGS, open=engine.status().state in ("failed", "empty"), elem_id="model"):
         presets = [(f"{p.title} · {p.needs_gb:g} GB · {p.licence}", p.name) for p in engine.presets()]
+        notes = {p.name: f"{p.note} Licence: {p.licence}." for p in engine.presets()}
+        named = gr.Dropdown(
+            presets, value=choice.model, label=words.MODEL_LABEL, info=words.MODEL_INFO, allow_custom_value=True
+        )
+        about = gr.Markdown(notes.get(choice.model, ""), elem_id="about")
+        quiet = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
+        named.change(lambda name: notes.get(name, ""), named, about, **quiet)
         model = [
-            gr.Dropdown(
-                presets, value=choice.model, label=words.MODEL_LABEL, info=words.MODEL_INFO, allow_custom_value=True
-            ),
+            named,
             gr.Textbox(choice.adapter or "", label=words.ADAPTER_LABEL, info=words.ADAPTER_INFO),
             gr.Radio(list(QUANTIZATIONS), value=choice.quantization, label=words.QUANTIZATION_LABEL),
         ]

@@ -129,7 +129,7 @@ class FakeEngine:
     def presets(self):
         return [
             Preset("bundled", "Tessera 0.2B", 0.3, "Apache-2.0", "bundled"),
-            Preset("smolvlm", "SmolVLM 256M", 0.6, "Apache-2.0", ""),
+            Preset("smolvlm", "SmolVLM 256M", 0.6, "Apache-2.0", "Verified on a tiny model."),
         ]
 
     def load(self, choice):

@@ -151,6 +151,18 @@ def test_loading_another_model_shows_progress_and_then_its_name(visit, staged):
     expect(page.get_by_role("status", name="Model")).to_contain_text("some/folder")
 
 
+def test_a_preset_says_what_is_known_of_it(visit, staged):
+    address, _ = staged()
+    page = visit(address)
+    page.get_by_role("button", name=re.compile("^Model")).click()
+    page.get_by_role("combobox", name="Model").click()
+    page.get_by_role("option", name=re.compile("SmolVLM")).click()
+    expect(page.get_by_text("Verified on a tiny model. Licence: Apache-2.0.")).to_be_visible()
+    page.get_by_role("combobox", name="Model").fill("some/folder")
+    page.get_by_role("combobox", name="Model").press("Enter")
+    expect(page.get_by_text("Verified on a tiny model. Licence: Apache-2.0.")).to_be_hidden()
+
+
 def test_a_model_that_cannot_be_loaded_leaves_the_old_one(visit, staged):
     address, _ = staged()
     page = visit(address)
