@@ -237,6 +237,13 @@ class MoeLlavaQwen2ForConditionalGeneration(MoeLlavaForConditionalGeneration):
     config: MoeLlavaQwen2Config
 
 
+def shapes(config: MoeLlavaConfig) -> dict[str, tuple[int, ...]]:
+    """The parameters of `config`'s model by name, in order; nothing is allocated."""
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    return {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
+
+
 def set_noise(model: nn.Module, noisy: bool) -> str:
     """Switches the original's noise on or off; a sentence for the page that says which, "" for another model."""
     if not set_draw(model, original_draw if noisy else None):

@@ -9,13 +9,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForImageTextToText
 
 from mllm_demo.errors import CheckpointError, LoadError
 from mllm_demo.models.checkpoints import streaming
 from mllm_demo.models.checkpoints.source import Entry, Source
 from mllm_demo.models.checkpoints.streaming import Piece
 from mllm_demo.models.moe_llava.config import MoeLlavaConfig, mixture
+from mllm_demo.models.moe_llava.model import shapes
 from mllm_demo.models.moe_llava.naming import VISION_TOWER, Naming
 
 SHARD_BYTES = 2 * 10**9
@@ -37,13 +37,11 @@ def pieces(config: MoeLlavaConfig, original: Mapping[str, Entry], tower: Source,
 
     Raises `CheckpointError` with the name of the first tensor that is missing, of another shape, or unknown.
     """
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config)
     seen = {name.partition(_TOWER_PREFIX)[2]: entry for name, entry in tower.items() if _TOWER_PREFIX in name}
     naming, counts = Naming(config.text_config.model_type), mixture(config.text_config).experts
     used: set[str] = set()
     found = []
-    for name, parameter in model.state_dict().items():
+    for name, shape in shapes(config).items():
         if name == "lm_head.weight" and name not in original and config.tie_word_embeddings:
             continue
         if name.startswith(VISION_TOWER):
@@ -52,7 +50,7 @@ def pieces(config: MoeLlavaConfig, original: Mapping[str, Entry], tower: Source,
             layer = name.partition(".layers.")[2].partition(".")[0]
             rows, entries, owner = naming.sources(name, counts.get(int(layer), 0) if layer else 0), original, title
             used.update(key for row in rows for key in row)
-        found.append(_piece(name, tuple(parameter.shape), rows, entries, owner))
+        found.append(_piece(name, shape, rows, entries, owner))
     unknown = next((key for key in original if key not in used and not naming.is_ignored(key)), None)
     if unknown is not None:
         raise CheckpointError(

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 from mllm_demo.models.moe_llava.config import mixture
+from mllm_demo.models.moe_llava.model import MoeLlavaForConditionalGeneration
 from mllm_demo.models.moe_llava.naming import VISION_TOWER, Naming
 
 TOWER = "tiny-tower"
@@ -90,6 +91,7 @@ def save_original(
     config = AutoConfig.from_pretrained(folder)
     config.vision_config = AutoConfig.from_pretrained(folder / TOWER)
     model = AutoModelForImageTextToText.from_config(config)
+    assert isinstance(model, MoeLlavaForConditionalGeneration)
     state, towers = {}, {}
     naming, counts = Naming(config.text_config.model_type), mixture(config.text_config).experts
     for name, value in model.state_dict().items():
