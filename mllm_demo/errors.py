@@ -13,7 +13,8 @@
     │   ├── GenerationTimeout    it took longer than allowed
     │   └── QueueFullError       too many people are waiting
     ├── RoutingError             a router or an expert that the model does not have
-    └── TraceError               a routing trace with a hole, or a file that is not one
+    ├── TraceError               a routing trace with a hole, or a file that is not one
+    └── DataError                a line of training data, or all of them, cannot be learned from
 
 It knows nothing of how errors are shown; the page and the command line each do that once, at the edge.
 """
@@ -73,3 +74,7 @@ class RoutingError(DemoError):
 
 class TraceError(DemoError):
     """A routing trace has a hole, or a file is not a routing trace."""
+
+
+class DataError(DemoError):
+    """A line of training data cannot be learned from, or no line can."""

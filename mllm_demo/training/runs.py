@@ -7,6 +7,7 @@ It knows nothing of models or data; a run is a folder with `last.pt` and `log.js
 
 import json
 import math
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+
+from mllm_demo.errors import CheckpointError, SettingsError
 
 
 def join_processes() -> tuple[int, int]:
@@ -75,21 +78,66 @@ class Masters:
 
 
 class Run:
-    """A training run in `folder`. `parts`: what a checkpoint holds, each with a `state_dict`."""
+    """A training run in `folder`. `parts`: what a checkpoint holds, each with a `state_dict`.
 
-    def __init__(self, folder: Path, parts: Mapping[str, object], steps: int, batch_size: int, rank: int = 0):
+    `settings`: what must not change between the sessions of one run, as plain values under the names of their flags.
+
+    Raises `SettingsError` when the folder holds a run with other settings, `CheckpointError` when it cannot be read.
+    """
+
+    def __init__(
+        self, folder: Path, parts: Mapping[str, object], steps: int, batch_size: int, rank: int = 0,
+        settings: Mapping[str, object] | None = None,
+    ):  # fmt: skip
         self.folder, self.parts, self.steps, self.batch_size, self.rank = folder, parts, steps, batch_size, rank
+        self.settings = dict(settings or {})
         folder.mkdir(parents=True, exist_ok=True)
         self.last = folder / "last.pt"
         self.step = 0
-        if self.last.exists():
-            state = torch.load(self.last, weights_only=True)
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
-            self.step = state["step"]
-            self.say(f"resumed at step {self.step}")
-        self._began, self._first = time.monotonic(), self.step
         self._averages: dict[str, float] = {}
+        self.resumed = self.last.exists()
+        if self.resumed:
+            self._resume()
+        self._began, self._first = time.monotonic(), self.step
+        self._saved = self._began
+
+    def _resume(self) -> None:
+        try:
+            state = torch.load(self.last, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch answers a damaged file with any exception there is
+            raise CheckpointError(f"{self.last} is damaged; delete it to train from the start.") from error
+        self._check_settings(state.get("settings", self.settings))
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        self.step = state["step"]
+        self._averages = state.get("averages", {})
+        self._forget_rows_since()
+        self.say(f"resumed at step {self.step}")
+
+    def _check_settings(self, former: Mapping[str, object]) -> None:
+        for name in sorted({*former, *self.settings}):
+            if former.get(name) != self.settings.get(name):
+                raise SettingsError(
+                    f"{self.folder} holds a run with {name} {former.get(name)}, not {self.settings.get(name)}; "
+                    "repeat its settings to go on, or choose another --out."
+                )
+
+    def _forget_rows_since(self) -> None:
+        """Drops from the curve what came after the checkpoint and will be computed again, or was cut by the kill."""
+        log = self.folder / "log.jsonl"
+        if self.rank > 0 or not log.exists():
+            return
+        kept = []
+        for line in log.read_text().splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if row.get("step", 0) <= self.step:
+                kept.append(line + "\n")
+        partial = log.with_suffix(".part")
+        partial.write_text("".join(kept))
+        partial.replace(log)
 
     def say(self, text: str) -> None:
         if self.rank == 0:
@@ -97,10 +145,22 @@ class Run:
 
     def save(self) -> None:
         """Written beside the old checkpoint and put in its place whole, so that a kill costs only the steps since."""
-        if self.rank == 0:
-            partial = self.last.with_suffix(".part")
-            torch.save({name: part.state_dict() for name, part in self.parts.items()} | {"step": self.step}, partial)
-            partial.replace(self.last)
+        self._saved = time.monotonic()
+        if self.rank > 0:
+            return
+        own = {"step": self.step, "settings": self.settings, "averages": self._averages}
+        partial = self.last.with_suffix(".part")
+        with partial.open("wb") as file:
+            torch.save({name: part.state_dict() for name, part in self.parts.items()} | own, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(self.last)
+
+    def save_when_due(self, every: int, seconds: float) -> None:
+        """Saves every so many steps, when so many seconds have gone since the last time, and at the end."""
+        late = time.monotonic() - self._saved >= seconds
+        if late or self.step % every == 0 or self.step == self.steps:
+            self.save()
 
     def advance(self, losses: Mapping[str, float], every: int = 10) -> bool:
         """Counts a step, logs its smoothed losses `every` so many steps; True where it did."""

@@ -1,4 +1,4 @@
-"""A training run survives being killed, and its narrow weights follow their float32 copies."""
+"""A training run survives being killed, goes on only as what it was, and its narrow weights follow their float32 copies."""
 
 import json
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from mllm_demo.errors import CheckpointError, SettingsError
 from mllm_demo.training.runs import Masters, Run, average_gradients, cosine
 
 
@@ -74,3 +75,77 @@ def test_one_process_averages_with_nobody():
     weight.grad = torch.tensor([1.0, 2.0])
     average_gradients([weight])
     assert weight.grad.tolist() == [1.0, 2.0]
+
+
+def start(folder, **settings) -> tuple[Run, nn.Linear]:
+    part = nn.Linear(2, 1)
+    return Run(folder, {"part": part}, 100, 4, settings=settings), part
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_run_goes_on_from_its_checkpoint_and_keeps_the_curve_up_to_it(tmp_path):
+    run, part = start(tmp_path)
+    for _ in range(20):
+        run.advance({"loss": 1.0})
+    run.save()
+    for _ in range(20):
+        run.advance({"loss": 3.0})
+    with (tmp_path / "log.jsonl").open("a") as log:
+        log.write('{"step": 41, "lo')  # the kill came in the middle of a line
+    assert [row["step"] for row in rows_whole(tmp_path)] == [10, 20, 30, 40]
+
+    again, other = start(tmp_path)
+    assert (again.resumed, again.step) == (True, 20)
+    assert torch.equal(part.weight, other.weight)
+    assert [row["step"] for row in rows(tmp_path)] == [10, 20]
+    for _ in range(10):
+        again.advance({"loss": 1.0})
+    assert rows(tmp_path)[-1]["step"] == 30 and rows(tmp_path)[-1]["loss"] == pytest.approx(1.0)
+
+
+def rows_whole(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines() if line.endswith("}")]
+
+
+def test_a_checkpoint_that_was_half_written_leaves_the_last_whole_one(tmp_path):
+    run, _ = start(tmp_path)
+    run.advance({"loss": 1.0})
+    run.save()
+    (tmp_path / "last.part").write_bytes(b"half")
+    again, _ = start(tmp_path)
+    assert again.step == 1
+
+
+def test_other_settings_are_refused_by_name_and_change_nothing(tmp_path):
+    run, _ = start(tmp_path, **{"--lr": 0.1, "--seed": 0})
+    run.save()
+    before = (tmp_path / "last.pt").read_bytes()
+    with pytest.raises(SettingsError, match=r"holds a run with --lr 0.1, not 0.2; repeat its settings .* --out"):
+        start(tmp_path, **{"--lr": 0.2, "--seed": 0})
+    assert (tmp_path / "last.pt").read_bytes() == before
+    again, _ = start(tmp_path, **{"--lr": 0.1, "--seed": 0})
+    assert again.resumed
+
+
+def test_a_damaged_checkpoint_says_what_to_do(tmp_path):
+    (tmp_path / "last.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(CheckpointError, match="damaged; delete it"):
+        start(tmp_path)
+
+
+def test_it_is_saved_by_steps_by_time_and_at_the_end(tmp_path):
+    run, _ = start(tmp_path)
+    run.steps = 7
+
+    def saved(seconds):
+        (tmp_path / "last.pt").unlink(missing_ok=True)
+        run.advance({"loss": 1.0})
+        run.save_when_due(every=3, seconds=seconds)
+        return (tmp_path / "last.pt").exists()
+
+    assert [saved(3600) for _ in range(3)] == [False, False, True]
+    assert saved(0)
+    assert [saved(3600) for _ in range(3)] == [False, True, True]
