@@ -16,7 +16,9 @@ from pathlib import Path
 import gradio as gr
 
 from mllm_demo.chat.events import Engine, EngineStatus, Event, Finished, Queued, Started, TextDelta, TraceUpdate
+from mllm_demo.chat.grounding import draw_boxes, find_boxes
 from mllm_demo.chat.images import read_picture
+from mllm_demo.chat.messages import Conversation, pictures
 from mllm_demo.errors import DemoError
 from mllm_demo.figures.expert_load import expert_load_figure
 from mllm_demo.figures.modality_share import modality_share_figure
@@ -108,19 +110,20 @@ class Callbacks:
     def retry(
         self, request: gr.Request, event: gr.RetryData, history: chat.History, *sampling: float
     ) -> Iterator[Outputs]:
-        yield from self._answer(history[: event.index + 1], sampling, request)
+        yield from self._answer(history[: _message_index(event) + 1], sampling, request)
 
     def edit(
         self, request: gr.Request, event: gr.EditData, history: chat.History, *sampling: float
     ) -> Iterator[Outputs]:
-        index = event.index if isinstance(event.index, int) else event.index[0]
+        index = _message_index(event)
         edited = chat.user_messages(chat.typed(str(event.value)), [])
         yield from self._answer([*history[:index], *edited], sampling, request)
 
     def undo(self, history: chat.History, event: gr.UndoData, request: gr.Request) -> tuple:
         self.sessions.stop(_key(request))
-        start = chat.turn_start(history, event.index)
-        turn = history[start : event.index + 1]
+        index = _message_index(event)
+        start = chat.turn_start(history, index)
+        turn = history[start : index + 1]
         files = [path for message in turn for path, _ in chat.files_of(message)]
         return {"text": "".join(map(chat.text_of, turn)), "files": files}, history[:start]
 
@@ -164,7 +167,7 @@ class Callbacks:
                 if not self.sessions.is_current(key, stop):
                     return
                 if isinstance(event, Finished):
-                    yield self._finished(key, event, history, stream, idle)
+                    yield self._finished(key, event, history, asked, stream, idle)
                     return
                 if isinstance(event, TextDelta):
                     answer = event.text
@@ -197,16 +200,25 @@ class Callbacks:
             stop.wait(POLL_S)
 
     def _finished(
-        self, key: str, event: Finished, history: chat.History, stream: PayloadStream, idle: gr.MultimodalTextbox
-    ) -> Outputs:
+        self, key: str, event: Finished, history: chat.History, asked: Conversation, stream: PayloadStream,
+        idle: gr.MultimodalTextbox,
+    ) -> Outputs:  # fmt: skip
         status = self.engine.status()
         if event.trace is None:
             view = empty_payload(words.NO_ROUTING)
         else:
             view = stream.update(event.trace, live=False, note=words.how_it_ended(event))
         self.sessions.keep_trace(key, event.trace)
-        shown = chat.answer_message(event.text) if event.text else chat.remark(words.how_it_ended(event) or "…")
+        shown = self._answered(key, event.text, asked) if event.text else chat.remark(words.how_it_ended(event) or "…")
         return idle, [*history, shown], view, status_line(status, event), self._download(key, event.trace), ""
+
+    def _answered(self, key: str, text: str, asked: Conversation) -> dict:
+        """The answer, with the last picture that was asked about where it names boxes in it."""
+        boxes, seen = find_boxes(text), pictures(asked)
+        if not boxes or not seen:
+            return chat.answer_message(text)
+        path = self.sessions.save_drawing(key, draw_boxes(seen[-1], boxes).png)
+        return chat.answer_message(text, str(path), words.boxes_drawn(seen[-1].name, boxes))
 
     def _download(self, key: str, trace: RoutingTrace | None) -> gr.DownloadButton:
         if trace is None:
@@ -275,6 +287,11 @@ def redraw_s(stream: PayloadStream) -> float:
 
 def _key(request: gr.Request) -> str:
     return str(request.session_hash)
+
+
+def _message_index(event: gr.RetryData | gr.EditData | gr.UndoData) -> int:
+    """Which message it is about; Gradio also counts the parts of a message that has several."""
+    return event.index if isinstance(event.index, int) else event.index[0]
 
 
 def _sampling(values: Sequence[float]) -> Sampling:

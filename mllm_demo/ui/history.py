@@ -33,8 +33,11 @@ def user_messages(text: str, files: Sequence[str]) -> History:
     return [{"role": "user", "content": {"path": path}} for path in files] + [{"role": "user", "content": shown(text)}]
 
 
-def answer_message(text: str) -> dict:
-    return {"role": "assistant", "content": shown(text)}
+def answer_message(text: str, drawn: str | None = None, described: str = "") -> dict:
+    """`drawn`: path of a picture that shows what the answer points at, `described` in words for who cannot see it."""
+    if drawn is None:
+        return {"role": "assistant", "content": shown(text)}
+    return {"role": "assistant", "content": [shown(text), {"path": drawn, "alt_text": described}]}
 
 
 def remark(title: str, text: str = "", *, pending: bool = False) -> dict:
@@ -69,14 +72,18 @@ def is_remark(message: Mapping) -> bool:
 
 
 def conversation(history: History, read: ReadPicture) -> Conversation:
-    """What the model is asked: a person's messages in a row are one turn, questions that failed are left out."""
+    """What the model is asked: a person's messages in a row are one turn, questions that failed are left out.
+
+    Pictures beside an answer were drawn by the page; no model said or saw them.
+    """
     messages: list[Message] = []
     for message in history:
         if is_remark(message):
             if messages and messages[-1].role == "user":
                 messages.pop()
             continue
-        parts = [read(path, name) for path, name in files_of(message)]
+        files = files_of(message) if message["role"] == "user" else []
+        parts = [read(path, name) for path, name in files]
         parts += [text] if (text := text_of(message)) else []
         if messages and messages[-1].role == message["role"]:
             parts = [*messages.pop().content, *parts]

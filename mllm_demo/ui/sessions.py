@@ -1,4 +1,4 @@
-"""What the server remembers of each browser session: the running answer's stop switch, the last trace and its file.
+"""What the server remembers of each browser session: the running answer's stop switch, the last trace and its files.
 
 Conversations are not here: they live in the page of the person who has them. It knows nothing of Gradio.
 """
@@ -20,12 +20,12 @@ MAX_SESSIONS = 256
 class _Session:
     stop: threading.Event = field(default_factory=threading.Event)
     trace: RoutingTrace | None = None
-    folder: Path | None = None
+    folders: dict[str, Path] = field(default_factory=dict)
 
     def drop(self) -> None:
         self.stop.set()
-        if self.folder:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        for folder in self.folders.values():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 class Sessions:
@@ -78,14 +78,23 @@ class Sessions:
 
     def save_trace(self, key: str, trace: RoutingTrace) -> Path:
         """Writes the trace for its owner to download, in place of an earlier one; nobody can guess the path."""
+        return trace.save(self._fresh_folder(key, "trace") / "routing_trace.safetensors")
+
+    def save_drawing(self, key: str, png: bytes) -> Path:
+        """Writes the picture beside an answer, in place of an earlier one, which the page has copied by then."""
+        path = self._fresh_folder(key, "drawing") / "boxes.png"
+        path.write_bytes(png)
+        return path
+
+    def _fresh_folder(self, key: str, purpose: str) -> Path:
         folder = Path(self._folder.name) / secrets.token_hex(16)
         folder.mkdir()
         with self._lock:
             session = self._sessions.setdefault(key, _Session())
-            former, session.folder = session.folder, folder
+            former, session.folders[purpose] = session.folders.get(purpose), folder
         if former:
             shutil.rmtree(former, ignore_errors=True)
-        return trace.save(folder / "routing_trace.safetensors")
+        return folder
 
     def close(self) -> None:
         """Forgets everybody and removes every file."""

@@ -1,6 +1,9 @@
 """Every text of the page, so that tone and spelling are decided in one place; it knows nothing of Gradio."""
 
+from collections.abc import Sequence
+
 from mllm_demo.chat.events import EngineStatus, Finished, Queued, Started
+from mllm_demo.chat.grounding import Box
 
 PAGE_TITLE = "Which expert sees what? A 4-bit MoE-LoRA vision-language model"
 HEADLINE = "Which expert sees what?"
@@ -84,6 +87,15 @@ def status_parts(status: EngineStatus, finished: Finished | None) -> list[str]:
         parts.append(f"{finished.tokens_per_s:.1f} tokens/s")
     parts.append(memory(status.memory_bytes))
     return parts
+
+
+def boxes_drawn(name: str, boxes: Sequence[Box]) -> str:
+    """What a picture with boxes shows, for who cannot see it."""
+    places = [f"from {b.x1} to {b.x2} % across and from {b.y1} to {b.y2} % down" for b in boxes]
+    if len(places) == 1:
+        return f"{name} with a box drawn {places[0]}"
+    numbered = "; ".join(f"box {number} {place}" for number, place in enumerate(places, start=1))
+    return f"{name} with {len(places)} boxes drawn: {numbered}"
 
 
 def how_it_ended(finished: Finished) -> str:

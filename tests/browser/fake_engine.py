@@ -1,7 +1,7 @@
 """An engine without a model: streams words with a synthetic, repeatable routing trace.
 
 Everything the page can be asked to show is reachable: queueing, progress, stop, errors (by magic words in the
-question: "fail", "crash", "slow", "plain", "sequence").
+question: "fail", "crash", "slow", "plain", "sequence", "where").
 """
 
 import io
@@ -27,6 +27,7 @@ from mllm_demo.errors import CheckpointError, GenerationError
 from mllm_demo.routing.trace import RoutingTrace, Site, Token, TraceImage
 
 LAYERS, EXPERTS, GRID = 24, 4, 7
+BOX_ANSWER = "The circle is at [27, 9, 71, 49]; neither [90, 1, 5, 20] nor [1.5, 2, 3, 4] is a box."
 ANSWER = "There is a red circle above a blue square, and the word CAT stands below them."
 
 
@@ -172,7 +173,8 @@ class FakeEngine:
             raise ZeroDivisionError("not for the eyes of people")
         if "fail" in question and not self.healed:
             raise GenerationError("the model ran out of memory while answering; ask with a smaller picture.")
-        words = re.findall(r"\s?\S+", ANSWER * (40 if "slow" in question else 1))[: sampling.max_new_tokens]
+        answer = BOX_ANSWER if "where" in question else ANSWER * (40 if "slow" in question else 1)
+        words = re.findall(r"\s?\S+", answer)[: sampling.max_new_tokens]
         text, reason, begun, said = "", "end", time.monotonic(), 0
         for i, word in enumerate(words):
             if stop.is_set():

@@ -105,6 +105,7 @@ TORCH_FREE = [
     name
     for name in MODULES
     if name in (f"{PACKAGE}.chat.messages", f"{PACKAGE}.chat.events", f"{PACKAGE}.chat.images")
+    or name == f"{PACKAGE}.chat.grounding"
     or name in (f"{PACKAGE}.routing.trace", f"{PACKAGE}.routing.stats")
     or room(name) in ("figures", "ui")
 ]

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
@@ -27,6 +28,15 @@ ROOT = Path(__file__).parents[3]
 COLOURS = {"red": (220, 30, 30), "blue": (30, 60, 220), "green": (20, 160, 60)}
 WEIGHTS = "adapter_model.safetensors"
 SMALL = ["--device", "cpu", "--r", "4", "--batch-size", "3", "--warmup", "2", "--lr", "0.01"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small are learned fastest by one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +93,7 @@ def test_it_learns_the_lines_and_the_adapter_loads_and_is_traced(bases, data, tm
     for name in COLOURS:
         picture = read_picture(data.parent / f"{name}.png", max_bytes=10**6, max_pixels=10**6)
         question = (Message("user", (picture, "Which?")),)
-        finished = list(generate(loaded, question, Sampling(max_new_tokens=12), 60.0, _never()))[-1]
+        finished = list(generate(loaded, question, Sampling(max_new_tokens=12), 60.0, Event()))[-1]
         assert (finished.text.strip(), finished.reason) == (name, "end")
         assert finished.trace.sites and all(
             np.isfinite(probs).all() and len(probs) == len(finished.trace.tokens)
@@ -91,29 +101,19 @@ def test_it_learns_the_lines_and_the_adapter_loads_and_is_traced(bases, data, tm
         )
 
 
-def _never():
-    class Never:
-        def is_set(self):
-            return False
-
-    return Never()
-
-
 def run_apart(arguments, *, kill_after: int | None = None) -> str:
     """The command in a process of its own; `kill_after` ends it by SIGKILL once that step was logged."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "mllm_demo.training.train", *arguments]
-    process = subprocess.Popen(
+    with subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    said = []
-    for line in process.stdout:
-        said.append(line)
-        if kill_after is not None and f"'step': {kill_after}," in line:
-            process.send_signal(signal.SIGKILL)
-            break
-    said += process.stdout.readlines()
-    assert process.wait(120) == (0 if kill_after is None else -signal.SIGKILL), "".join(said)
+    ) as process:
+        said = []
+        for line in process.stdout:
+            said.append(line)
+            if kill_after is not None and f"'step': {kill_after}," in line:
+                process.send_signal(signal.SIGKILL)
+    assert process.returncode == (0 if kill_after is None else -signal.SIGKILL), "".join(said)
     return "".join(said)
 
 
