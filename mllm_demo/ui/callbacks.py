@@ -217,8 +217,9 @@ class Callbacks:
         boxes, seen = find_boxes(text), pictures(asked)
         if not boxes or not seen:
             return chat.answer_message(text)
-        path = self.sessions.save_drawing(key, draw_boxes(seen[-1], boxes).png)
-        return chat.answer_message(text, str(path), words.boxes_drawn(seen[-1].name, boxes))
+        described = words.boxes_drawn(boxes)
+        path = self.sessions.save_drawing(key, draw_boxes(seen[-1], boxes).png, described)
+        return chat.answer_message(text, str(path), described)
 
     def _download(self, key: str, trace: RoutingTrace | None) -> gr.DownloadButton:
         if trace is None:

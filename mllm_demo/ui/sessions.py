@@ -80,9 +80,9 @@ class Sessions:
         """Writes the trace for its owner to download, in place of an earlier one; nobody can guess the path."""
         return trace.save(self._fresh_folder(key, "trace") / "routing_trace.safetensors")
 
-    def save_drawing(self, key: str, png: bytes) -> Path:
+    def save_drawing(self, key: str, png: bytes, name: str) -> Path:
         """Writes the picture beside an answer, in place of an earlier one, which the page has copied by then."""
-        path = self._fresh_folder(key, "drawing") / "boxes.png"
+        path = self._fresh_folder(key, "drawing") / f"{name}.png"
         path.write_bytes(png)
         return path
 

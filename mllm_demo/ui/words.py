@@ -89,13 +89,14 @@ def status_parts(status: EngineStatus, finished: Finished | None) -> list[str]:
     return parts
 
 
-def boxes_drawn(name: str, boxes: Sequence[Box]) -> str:
-    """What a picture with boxes shows, for who cannot see it."""
-    places = [f"from {b.x1} to {b.x2} % across and from {b.y1} to {b.y2} % down" for b in boxes]
+def boxes_drawn(boxes: Sequence[Box]) -> str:
+    """What a picture with boxes shows, for who cannot see it; a file can be called so, too."""
+    places = [f"from {b.x1} to {b.x2} percent across and from {b.y1} to {b.y2} percent down" for b in boxes]
     if len(places) == 1:
-        return f"{name} with a box drawn {places[0]}"
-    numbered = "; ".join(f"box {number} {place}" for number, place in enumerate(places, start=1))
-    return f"{name} with {len(places)} boxes drawn: {numbered}"
+        return f"Picture with a box {places[0]}"
+    if len(places) == 2:
+        return f"Picture with box 1 {places[0]}, and box 2 {places[1]}"
+    return f"Picture with {len(places)} boxes"
 
 
 def how_it_ended(finished: Finished) -> str:

@@ -3,9 +3,10 @@
 from types import SimpleNamespace
 
 import pytest
+from gradio_client.utils import strip_invalid_filename_characters
 from PIL import Image
 
-from mllm_demo.chat.grounding import find_boxes
+from mllm_demo.chat.grounding import Box, find_boxes
 from mllm_demo.settings import Settings
 from mllm_demo.ui import history as chat
 from mllm_demo.ui import words
@@ -49,7 +50,7 @@ def test_the_last_picture_is_shown_with_its_boxes_and_told_in_words(page, reques
     with Image.open(drawn["path"]) as image:
         assert image.width == 2 * image.height, "drawn on the second picture"
         assert (255, 214, 10) in {colour for _, colour in image.getcolors(1 << 20)}
-    assert drawn["alt_text"] == "second.png with a box drawn from 27 to 71 % across and from 9 to 49 % down"
+    assert drawn["alt_text"] == "Picture with a box from 27 to 71 percent across and from 9 to 49 percent down"
 
 
 def given_back(history) -> list[dict]:
@@ -85,7 +86,7 @@ def test_the_boxes_of_a_later_answer_are_drawn_on_the_picture_before_it_and_so_a
     for index in (asked_at, (asked_at, 0)):
         again = last(page.retry(request_of, SimpleNamespace(index=index), shown, *SAMPLING))
         assert [message["role"] for message in again] == [message["role"] for message in shown]
-        assert again[-1]["content"][1]["alt_text"].startswith("first.png with a box")
+        assert again[-1]["content"][1]["alt_text"].startswith("Picture with a box")
     edited = last(page.edit(request_of, SimpleNamespace(index=asked_at, value="where else?"), shown, *SAMPLING))
     assert len(edited[-1]["content"]) == 2
 
@@ -111,8 +112,14 @@ def test_a_drawing_goes_with_its_session(page, request_of, files):
 
 
 def test_several_boxes_are_told_by_number():
-    boxes = find_boxes("[1, 2, 3, 4] [5, 6, 7, 8]")
-    assert words.boxes_drawn("cat.png", boxes) == (
-        "cat.png with 2 boxes drawn: box 1 from 1 to 3 % across and from 2 to 4 % down; "
-        "box 2 from 5 to 7 % across and from 6 to 8 % down"
+    assert words.boxes_drawn(find_boxes("[1, 2, 3, 4] [5, 6, 7, 8]")) == (
+        "Picture with box 1 from 1 to 3 percent across and from 2 to 4 percent down, "
+        "and box 2 from 5 to 7 percent across and from 6 to 8 percent down"
     )
+    assert words.boxes_drawn(find_boxes("[1, 2, 3, 4] [5, 6, 7, 8] [1, 1, 9, 9]")) == "Picture with 3 boxes"
+
+
+def test_the_description_survives_as_the_name_of_a_file():
+    """Gradio strips what it finds odd in a name, and the page reads the description from there."""
+    longest = words.boxes_drawn([Box(10, 10, 100, 100), Box(10, 11, 100, 100)])
+    assert strip_invalid_filename_characters(f"{longest}.png") == f"{longest}.png"
