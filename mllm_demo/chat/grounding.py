@@ -17,7 +17,7 @@ _BOX = re.compile(r"(?<!\w)\[\s*" + r"\s*,\s*".join([r"(\d{1,3})"] * 4) + r"\s*\
 MAX_BOXES = 12
 # Sides of the drawn picture: thin lines on a thumbnail would vanish, and nobody sees more than this in a chat.
 MIN_SIDE, MAX_SIDE = 360, 1024
-LINE_SHARE = 1 / 110
+LINE_SHARE = 1 / 64
 # Seen on any picture: a bright line between two dark ones.
 BRIGHT, DARK = "#ffd60a", "#111111"
 
@@ -54,7 +54,7 @@ def draw_boxes(picture: Picture, boxes: Sequence[Box]) -> Picture:
     for edge in edges:
         pen.rectangle(edge, outline=BRIGHT, width=line)
     if len(edges) > 1:
-        font = ImageFont.load_default(5 * line)
+        font = ImageFont.load_default(4 * line)
         for number, (left, top, _, _) in enumerate(edges, start=1):
             tag = pen.textbbox((left + line, top + line), str(number), font=font)
             pen.rectangle((left, top, tag[2] + line, tag[3] + line), fill=BRIGHT, outline=DARK)

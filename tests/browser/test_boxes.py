@@ -11,6 +11,11 @@ from tests.browser.fake_engine import BOX_ANSWER
 
 pytestmark = pytest.mark.browser
 ALT = "Picture with a box from 27 to 71 percent across and from 9 to 49 percent down"
+# Its lower edge is inside the conversation, whichever part of that scrolls.
+IN_SIGHT = """image => {
+  const edge = image.getBoundingClientRect().bottom;
+  return edge <= document.getElementById("chat").getBoundingClientRect().bottom;
+}"""
 LOADED = "image => image.complete && image.naturalWidth > 0"
 
 
@@ -26,6 +31,7 @@ def test_an_answer_that_names_a_box_shows_it_in_its_message(visit, staged, pictu
     expect(drawn).to_have_count(1)
     looking.until(page, lambda: drawn.evaluate(LOADED))
     expect(looking.answers(page).filter(has_text=BOX_ANSWER)).to_have_count(1)
+    looking.until(page, lambda: drawn.evaluate(IN_SIGHT))
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     if folder := os.environ.get("SCREENSHOTS"):
         Path(folder).mkdir(parents=True, exist_ok=True)

@@ -6,14 +6,15 @@
       image.alt = decodeURIComponent(image.src.split("/").pop()).replace(/\.png$/, "");
     }
   };
-  const end = (log) => log.scrollTo({ top: log.scrollHeight });
+  // On a narrow page the chat itself scrolls, on a wide one the log in it.
+  const end = (...boxes) => boxes.forEach((box) => box.scrollTo({ top: box.scrollHeight }));
   const follow = (chat) => {
     let count = 0;
     new MutationObserver(() => {
       const log = chat.querySelector('[role="log"]');
       const now = chat.querySelectorAll(".message-row, .message-row img").length;
       [0, 250].forEach((delay) => setTimeout(() => describe(chat), delay));
-      if (log && now > count) [0, 250, 700].forEach((delay) => setTimeout(() => end(log), delay));
+      if (log && now > count) [0, 250, 700].forEach((delay) => setTimeout(() => end(log, chat), delay));
       count = now;
     }).observe(chat, { childList: true, subtree: true });
   };
