@@ -39,7 +39,7 @@ class AnswerEncoder:
         self.processor, self.tokenizer = processor, processor.tokenizer
         self.context_length, self.together = context_length, together
         ends = filter(None, (self.tokenizer.convert_ids_to_tokens(index) for index in end_ids))
-        self._end = re.compile("|".join(map(re.escape, sorted(ends, key=len, reverse=True))) or "$^")
+        self._end = re.compile("|".join(map(re.escape, sorted(ends, key=len, reverse=True))) or "(?!)")
 
     def encode(self, messages: Conversation) -> list[Taught]:
         """`messages`: user and assistant in turn. One sequence where the template lets every answer be told from it,

@@ -16,6 +16,8 @@ QUERY_KEY_VALUE = (
     "q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "wqkv", "wq", "wk", "wv", "qkv",
     "query", "key", "value",
 )  # fmt: skip
+# Routers of a base that is a mixture of experts itself: what they choose is not ours to change.
+ROUTERS = ("gate", "router", "shared_expert_gate")
 
 
 def decoder_path(model: nn.Module) -> str:
@@ -40,7 +42,7 @@ def find_targets(
 ) -> tuple[str, str | None]:
     """Regular expressions for `target_modules` and `plain_target_modules`, which match in the decoder alone.
 
-    `wanted`, `plain`: names of linear layers; None: every one there is, queries, keys and values plain.
+    `wanted`, `plain`: names of linear layers; None: every one there is but routers, queries, keys and values plain.
 
     Raises `SettingsError` naming the layers there are.
     """
@@ -56,7 +58,7 @@ def find_targets(
             )
     if plain is None:
         plain = [] if wanted else [name for name in there if name in QUERY_KEY_VALUE]
-    experts = list(wanted or [name for name in there if name not in plain])
+    experts = list(wanted or [name for name in there if name not in (*plain, *ROUTERS)])
     if both := sorted({*experts} & {*plain}):
         raise SettingsError(f"{both[0]} is in --target-modules and in --plain-target-modules; name it in one of them.")
     if not experts:

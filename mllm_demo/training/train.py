@@ -245,8 +245,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "The device's memory ran out; add --gradient-checkpointing, use smaller pictures or a smaller base."
         ) from error
     if not finished:
-        state.say(f"stopped and saved at step {state.step}; the same command goes on from there")
-        return
+        state.say(f"saved at step {state.step}; the same command goes on from there")
+        raise KeyboardInterrupt
     export(model, options.out, options.base)
     command = ["python", "app.py", "--model", options.base, "--adapter", str(options.out)]
     command += ["--quantization", options.quantization] if options.quantization != "nf4" else []

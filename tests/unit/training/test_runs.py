@@ -1,4 +1,4 @@
-"""A training run survives being killed, goes on only as what it was, and its narrow weights follow their float32 copies."""
+"""A training run survives being killed and goes on only as what it was; narrow weights follow their float32 copies."""
 
 import json
 

@@ -40,7 +40,8 @@ class OtherNames(nn.Module):
 
         def layer():
             parts = {"Wqkv": nn.Linear(4, 12), "dense": nn.Linear(4, 4), "fc1": nn.Linear(4, 8)}
-            return nn.ModuleDict({"mixer": nn.ModuleDict({**parts, "norm": nn.LayerNorm(4)})})
+            others = {"norm": nn.LayerNorm(4), "router": nn.Linear(4, 2)}
+            return nn.ModuleDict({"mixer": nn.ModuleDict({**parts, **others})})
 
         self.eyes = nn.ModuleDict({"layers": nn.ModuleList([layer()])})
         self.mind = nn.ModuleDict({"layers": nn.ModuleList([layer(), layer()]), "top": nn.Linear(4, 4)})
@@ -55,7 +56,7 @@ def matching(pattern):
     return {name for name, module in adapted.named_modules() if isinstance(module, MoeLoraLayer)}
 
 
-def test_fused_projections_are_plain_and_the_output_of_the_stack_is_left_alone():
+def test_fused_projections_are_plain_and_routers_and_the_output_of_the_stack_are_left_alone():
     experts, plain = find_targets(OtherNames(), None, None, "a model")
     assert matching(experts) == {f"mind.layers.{n}.mixer.{name}" for n in range(2) for name in ("dense", "fc1")}
     assert matching(plain) == {f"mind.layers.{n}.mixer.Wqkv" for n in range(2)}
@@ -72,7 +73,7 @@ def test_named_layers_are_taken_as_named():
     [
         (["fc9"], None, "no linear layer 'fc9' in its language decoder; it has Wqkv, dense, fc1"),
         (["fc1"], ["fc1"], "name it in one of them"),
-        (None, ["Wqkv", "dense", "fc1"], "has only Wqkv, dense, fc1"),
+        (None, ["Wqkv", "dense", "fc1"], "has only Wqkv, dense, fc1, router"),
     ],
 )
 def test_names_that_cannot_be_used_are_answered_with_those_there_are(wanted, plain, said):
