@@ -21,6 +21,7 @@ from mllm_demo.settings import (
     ModelChoice,
     Sampling,
     Settings,
+    split_adapters,
 )
 
 EXIT_FAILURE = 2
@@ -39,6 +40,14 @@ class Parser(argparse.ArgumentParser):
         raise SettingsError(f"{message[:1].upper()}{message[1:].rstrip('.')}; see --help.")
 
 
+class _Repeated(argparse.Action):
+    """Collects a flag that may be given several times; the first one replaces the default."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        held = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, (*(() if held is self.default else held), values))
+
+
 def add_flag(
     parser: argparse.ArgumentParser, environ: Mapping[str, str], name: str, *also: str, **options
 ) -> None:
@@ -48,6 +57,8 @@ def add_flag(
     if value is not None:
         if options.get("action") == "store_true":
             value = value.lower() in ("1", "true", "yes", "on")
+        elif options.get("action") is _Repeated:
+            value = split_adapters(value)
         # argparse converts a text default as it would the flag, but does not check it against the choices.
         elif "choices" in options and value not in options["choices"]:
             allowed = ", ".join(options["choices"])
@@ -62,7 +73,15 @@ def add_model_flags(parser: argparse.ArgumentParser, environ: Mapping[str, str])
     choice, sampling = ModelChoice(), Sampling()
     names = ", ".join(preset.name for preset in presets())
     add_flag(parser, environ, "model", default=choice.model, help=f"preset ({names}), folder or hub id")
-    add_flag(parser, environ, "adapter", default=choice.adapter, help="PEFT adapter: folder or hub id")
+    add_flag(
+        parser,
+        environ,
+        "adapter",
+        action=_Repeated,
+        default=choice.adapter,
+        help="PEFT adapter: folder or hub id; several LoRA adapters (repeat the flag) become one mixture, whose router "
+        "(Arrow) needs no training; in the variable they are separated by commas",
+    )
     add_flag(
         parser,
         environ,

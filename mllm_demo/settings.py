@@ -20,6 +20,11 @@ def _check(condition: bool, message: str) -> None:
         raise SettingsError(message)
 
 
+def split_adapters(text: str) -> tuple[str, ...]:
+    """Adapters separated by commas or line ends, as in MLLM_DEMO_ADAPTER and in the page's field."""
+    return tuple(name for part in text.splitlines() for name in map(str.strip, part.split(",")) if name)
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is drawn. `temperature` 0 means greedy; `seed` makes a sampled answer repeatable."""
@@ -42,6 +47,7 @@ class Sampling:
 class ModelChoice:
     """What to load. `model`: preset name, local folder or hub id; `adapter`: folder, hub id or None.
 
+    Several LoRA adapters, as a tuple, become one Arrow mixture; a tuple of one is that one, of none is None.
     `moe_llava_noise`: MoE-LLaVA models draw their second expert with noise, as the original does.
     `expert_quantization`: how a MoE-LoRA adapter's experts are held; "auto": in NF4 where the base is and they would
     take more than a gigabyte. `awaker_gate`: whether an Awaker model makes its second choice, for the answer, as the
@@ -49,7 +55,7 @@ class ModelChoice:
     """
 
     model: str = DEFAULT_MODEL
-    adapter: str | None = None
+    adapter: str | tuple[str, ...] | None = None
     quantization: str = "nf4"
     device: str = "auto"
     moe_llava_noise: bool = False
@@ -71,6 +77,19 @@ class ModelChoice:
             self.awaker_gate in AWAKER_GATES,
             f"awaker gate must be one of {', '.join(AWAKER_GATES)}, not {self.awaker_gate!r}.",
         )
+        given = self.adapters
+        _check(all(name.strip() for name in given), "adapter must be a folder or a hub id, not an empty string.")
+        object.__setattr__(self, "adapter", given if len(given) > 1 else given[0] if given else None)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """What `adapter` names, one by one."""
+        return (self.adapter,) if isinstance(self.adapter, str) else tuple(self.adapter or ())
+
+    @property
+    def adapter_text(self) -> str | None:
+        """The adapters as one writes them in the page's field or in MLLM_DEMO_ADAPTER; None without any."""
+        return ", ".join(self.adapters) or None
 
 
 @dataclass(frozen=True)

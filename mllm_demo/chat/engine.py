@@ -102,10 +102,10 @@ class ChatEngine:
 
     def _load_in_turn(self, choice: ModelChoice, emit: Callable[[LoadProgress], None]) -> None:
         self._free()
-        self._status = EngineStatus("loading", model=choice.model, adapter=choice.adapter)
+        self._status = EngineStatus("loading", model=choice.model, adapter=choice.adapter_text)
 
         def progress(step: LoadProgress) -> None:
-            self._status = EngineStatus("loading", model=choice.model, adapter=choice.adapter, note=step.note)
+            self._status = EngineStatus("loading", model=choice.model, adapter=choice.adapter_text, note=step.note)
             emit(step)
 
         try:
@@ -125,7 +125,7 @@ class ChatEngine:
         self._apart = Apart(loaded, self._gpu_wrapper) if self._gpu_wrapper else None
 
     def _fail(self, choice: ModelChoice, error: DemoError) -> None:
-        self._status = EngineStatus("failed", model=choice.model, adapter=choice.adapter, error=str(error))
+        self._status = EngineStatus("failed", model=choice.model, adapter=choice.adapter_text, error=str(error))
 
     def _free(self) -> None:
         if self._apart is not None:

@@ -1,4 +1,4 @@
-"""Puts a PEFT adapter, plain LoRA or our MoE-LoRA, on a loaded model and checks that every tensor arrived.
+"""Puts a PEFT adapter, plain LoRA, X-LoRA or our MoE-LoRA, on a loaded model and checks that every tensor arrived.
 
 It knows nothing of hubs or devices. Importing `mllm_demo.moe_lora` registers our method with PEFT.
 """
@@ -8,13 +8,14 @@ import warnings
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, XLoraConfig, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from mllm_demo.errors import AdapterError
 from mllm_demo.models.catalog import NF4_BYTES_PER_WEIGHT
 from mllm_demo.models.fetching import ADAPTER_WEIGHTS
+from mllm_demo.models.mixtures import attach_xlora
 from mllm_demo.moe_lora import MoeLoraConfig
 
 # PEFT asks transformers for an attribute under its old name; nothing that a user could act on.
@@ -39,6 +40,9 @@ def adapter_bytes(folder: Path, name: str, experts_in_4bit: bool, dtype: torch.d
 
 def describe(name: str, config: PeftConfig) -> str:
     """One line for the page, from the adapter's own configuration."""
+    if isinstance(config, XLoraConfig):
+        number = config.top_k_lora or len(config.adapters)
+        return f"{name} (X-LoRA, {len(config.adapters)} LoRA experts, top-{number})"
     if isinstance(config, MoeLoraConfig):
         return (
             f"{name} (MoE-LoRA, {config.num_experts} experts, top-{config.num_experts_per_tok}, r={config.r})"
@@ -77,6 +81,8 @@ def attach(
             f"{ADAPTER_WEIGHTS} of {name} is damaged; fetch or save the adapter again."
         ) from error
     config = read_config(folder, name)
+    if isinstance(config, XLoraConfig):
+        return attach_xlora(model, folder, name, config)
     options = {"torch_device": str(model.device)}
     if isinstance(config, MoeLoraConfig):
         config.experts_in_4bit = experts_in_4bit

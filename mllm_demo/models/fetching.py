@@ -182,22 +182,29 @@ def fetch_weights(name: str, cache_dir: Path, progress: Progress) -> Files:
     return files
 
 
-def fetch_adapter(name: str, cache_dir: Path, progress: Progress) -> Files:
-    """A PEFT adapter's folder; raises `AdapterError` when it is not one or is pickled."""
+def fetch_adapter(name: str, cache_dir: Path, progress: Progress, with_subfolders: bool = False) -> Files:
+    """A PEFT adapter's folder; raises `AdapterError` when it is not one or is pickled.
+
+    `with_subfolders`: also the adapters inside it, which an X-LoRA consists of.
+    """
     folder = local_folder(name, AdapterError, "adapter")
     if folder is None and "/" not in name:
         raise AdapterError(
             f"The adapter {name!r} is no folder and no hub id (owner/name); check the spelling."
         )
-    folder = folder or _from_hub(name, (ADAPTER_CONFIG, ADAPTER_WEIGHTS), cache_dir, progress).folder
+    wanted = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
+    if with_subfolders:
+        wanted += (f"*/{ADAPTER_CONFIG}", f"*/{ADAPTER_WEIGHTS}")
+    folder = folder or _from_hub(name, wanted, cache_dir, progress).folder
     if not (folder / ADAPTER_CONFIG).is_file():
         raise AdapterError(f"{name} holds no {ADAPTER_CONFIG}, so it is not a PEFT adapter; check the path.")
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise AdapterError(
             f"{name} holds no {ADAPTER_WEIGHTS}; pickled adapters are not read, save it as safetensors."
         )
-    content = hashlib.sha256((folder / ADAPTER_CONFIG).read_bytes())
-    with (folder / ADAPTER_WEIGHTS).open("rb") as weights:
-        while piece := weights.read(HASHED_AT_ONCE):
-            content.update(piece)
+    content = hashlib.sha256()
+    for path in sorted(path for pattern in wanted for path in folder.glob(pattern)):
+        with path.open("rb") as file:
+            while piece := file.read(HASHED_AT_ONCE):
+                content.update(piece)
     return Files(folder, f"sha256:{content.hexdigest()[:16]}")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, XLoraConfig
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from mllm_demo.chat.events import LoadProgress
 from mllm_demo.errors import CheckpointError, LoadError, OutOfMemoryError
-from mllm_demo.models import adapters, catalog, fetching, memory, quantize
+from mllm_demo.models import adapters, catalog, fetching, memory, mixtures, quantize
 from mllm_demo.models.bundled import weights as bundled_weights
 from mllm_demo.models.checkpoints import awaker
 from mllm_demo.models.fetching import Progress, monotone
@@ -46,8 +46,8 @@ class ResolvedModel:
     title: str
     folder: Path
     revision: str
-    adapter_name: str | None = None
-    adapter_folder: Path | None = None
+    adapter_names: tuple[str, ...] = ()
+    adapter_folders: tuple[Path, ...] = ()
     adapter_revision: str | None = None
 
 
@@ -122,25 +122,25 @@ def fetch(choice: ModelChoice, cache_dir: Path | None, progress: Progress) -> Re
     device = quantize.resolve_device(choice.device)
     progress = monotone(progress)
     progress(LoadProgress(0.0, "Looking for the model"))
-    adapter = None
-    if choice.adapter is not None:
-        adapter = fetching.fetch_adapter(choice.adapter, cache_dir, monotone(progress, 0.0, 0.05))
-        adapters.read_config(adapter.folder, choice.adapter)
+    given = [_fetch_adapter(name, cache_dir, monotone(progress, 0.0, 0.05)) for name in choice.adapters]
+    adapter_names = tuple(Path(name).name for name in choice.adapters)
+    if len(given) > 1:
+        configs = [adapters.read_config(one.folder, name) for one, name in zip(given, adapter_names, strict=True)]
+        mixtures.check_arrow([one.folder for one in given], adapter_names, configs)
     entry = catalog.find(choice.model)
     title = entry.title if entry else Path(choice.model).name
-    adapter_name = Path(choice.adapter).name if choice.adapter else None
     source = (entry.hub_id if entry else None) or choice.model
     if entry is not None and entry.hub_id is None:
         folder = bundled_weights.prepare(choice.quantization, cache_dir, monotone(progress, 0.05, 1.0))
         files = fetching.Files(folder, fetching.digest(folder))
-        if adapter is None:
-            adapter = fetching.fetch_adapter(str(bundled_weights.ADAPTER), cache_dir, progress)
-            adapter_name = f"{entry.name} adapter"
+        if not given:
+            given = [fetching.fetch_adapter(str(bundled_weights.ADAPTER), cache_dir, progress)]
+            adapter_names = (f"{entry.name} adapter",)
     elif (original := _fetch_original(source, entry, cache_dir, monotone(progress, 0.05, 1.0))) is not None:
         files = fetching.Files(original.base, fetching.digest(original.base))
-        if adapter is None:
-            adapter = fetching.Files(original.adapter, f"sha256:{original.adapter_sha256[:16]}")
-            adapter_name = f"{title} experts"
+        if not given:
+            given = [fetching.Files(original.adapter, f"sha256:{original.adapter_sha256[:16]}")]
+            adapter_names = (f"{title} experts",)
     else:
         files = fetching.fetch_descriptions(source, cache_dir, monotone(progress, 0.05, 0.1))
         _check_memory(files.folder, _read_config(files.folder, title), title, choice.quantization, device)
@@ -155,9 +155,9 @@ def fetch(choice: ModelChoice, cache_dir: Path | None, progress: Progress) -> Re
         title=title,
         folder=files.folder,
         revision=files.revision,
-        adapter_name=adapter_name,
-        adapter_folder=adapter.folder if adapter else None,
-        adapter_revision=adapter.revision if adapter else None,
+        adapter_names=adapter_names,
+        adapter_folders=tuple(one.folder for one in given),
+        adapter_revision=", ".join(one.revision for one in given) or None,
     )
 
 
@@ -182,10 +182,20 @@ def _fetch_original(
 
 def _experts_in_4bit(resolved: ResolvedModel, quantization: str, dtype: torch.dtype) -> bool:
     wanted = resolved.choice.expert_quantization
-    if wanted != "auto" or quantization != "nf4" or resolved.adapter_folder is None:
+    if wanted != "auto" or quantization != "nf4" or len(resolved.adapter_folders) != 1:
         return wanted == "nf4"
-    whole = adapters.adapter_bytes(resolved.adapter_folder, resolved.adapter_name, False, dtype)
+    whole = adapters.adapter_bytes(resolved.adapter_folders[0], resolved.adapter_names[0], False, dtype)
     return whole >= LARGE_EXPERTS_BYTES
+
+
+def _fetch_adapter(name: str, cache_dir: Path, progress: Progress) -> fetching.Files:
+    """The files of one adapter, with those of its experts where it is an X-LoRA."""
+    files = fetching.fetch_adapter(name, cache_dir, progress)
+    config = adapters.read_config(files.folder, name)
+    if isinstance(config, XLoraConfig):
+        files = fetching.fetch_adapter(name, cache_dir, progress, with_subfolders=True)
+        mixtures.xlora_experts(files.folder, name, config)
+    return files
 
 
 @contextmanager
@@ -286,23 +296,25 @@ def load_resolved(resolved: ResolvedModel, progress: Progress) -> LoadedModel:
     dtype = quantize.compute_dtype(device)
     experts_in_4bit = _experts_in_4bit(resolved, resolved.choice.quantization, dtype)
     beside = 0
-    if resolved.adapter_folder is not None:
-        beside = adapters.adapter_bytes(resolved.adapter_folder, resolved.adapter_name, experts_in_4bit, dtype)
+    for folder, name in zip(resolved.adapter_folders, resolved.adapter_names, strict=True):
+        beside += adapters.adapter_bytes(folder, name, experts_in_4bit, dtype)
     _check_memory(resolved.folder, config, resolved.title, resolved.choice.quantization, device, beside)
     processor = load_processor(resolved.folder, config, resolved.title)
     model, quantization = _load_base(resolved, device, monotone(progress, 0.1, 0.9))
     adapter_title = None
-    if resolved.adapter_folder is not None:
-        progress(LoadProgress(0.9, f"Adding the adapter {resolved.adapter_name}"))
+    names, folders = resolved.adapter_names, resolved.adapter_folders
+    if folders:
+        progress(LoadProgress(0.9, f"Adding the adapter {' + '.join(names)}"))
         with _memory_errors(resolved.title, device):
-            model = adapters.attach(
-                model,
-                resolved.adapter_folder,
-                resolved.adapter_name,
-                experts_in_4bit=experts_in_4bit,
-                steady=resolved.choice.awaker_gate == "steady",
-            ).eval()
-        adapter_title = adapters.describe(resolved.adapter_name, model.active_peft_config)
+            if len(folders) > 1:
+                model = mixtures.attach_arrow(model, folders, names).eval()
+                adapter_title = mixtures.describe_arrow(names, model)
+            else:
+                steady = resolved.choice.awaker_gate == "steady"
+                model = adapters.attach(
+                    model, folders[0], names[0], experts_in_4bit=experts_in_4bit, steady=steady
+                ).eval()
+                adapter_title = adapters.describe(names[0], model.active_peft_config)
     footprint = memory.measure(model)
     progress(LoadProgress(1.0, f"{resolved.title} is ready"))
     return LoadedModel(

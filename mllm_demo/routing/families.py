@@ -12,6 +12,7 @@ from transformers.models.ernie4_5_vl_moe.modeling_ernie4_5_vl_moe import Ernie4_
 from transformers.models.gemma4.modeling_gemma4 import Gemma4TextRouter
 from transformers.models.llama4.modeling_llama4 import Llama4Router
 
+from mllm_demo.routing.mixtures import READERS as MIXTURE_READERS
 from mllm_demo.routing.native import (
     declared_listeners,
     has_shared_expert,
@@ -86,6 +87,7 @@ for _reader in (
     RouterReader(Gemma4TextRouter, _gemma4_site, _gemma4),
     RouterReader(Llama4Router, _llama4_site, _llama4),
     RouterReader(Ernie4_5_VLMoeMoeBlock, _ernie_site, _ernie),
+    *MIXTURE_READERS,
 ):
     register(_reader)
 

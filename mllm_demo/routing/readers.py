@@ -50,13 +50,14 @@ class RouterReader:
     module_type  matched by `isinstance`, the most derived registered class first, never by name
     site         (module path, module, root model) -> its `Site`, None where it is not to be recorded (a router of
                  a vision tower, an adapter that is switched off). The root is the model inside a PEFT wrapper.
-    read         (module, args, kwargs, output) of one forward of the module -> `Decision`; called in a forward
-                 hook, so it may not wait for the device
+    read         (module, args, kwargs, output) of one forward of the module -> `Decision`, None where this forward
+                 decides nothing (a pass that only prepares); called in a forward hook, so it may not wait for the
+                 device
     """
 
     module_type: type[nn.Module]
     site: Callable[[str, nn.Module, nn.Module], Site | None]
-    read: Callable[[nn.Module, tuple, Mapping, object], Decision]
+    read: Callable[[nn.Module, tuple, Mapping, object], Decision | None]
 
 
 class Listener(NamedTuple):
@@ -64,7 +65,7 @@ class Listener(NamedTuple):
 
     site: Site
     module: nn.Module
-    read: Callable[[tuple, Mapping, object], Decision]
+    read: Callable[[tuple, Mapping, object], Decision | None]
 
 
 @singledispatch

@@ -33,6 +33,9 @@ class RoutingTap:
     the prompt plus every new token but the last, since the last one is never read. Entering again starts
     afresh.
 
+    A forward with `use_cache=False` reads the sequence from its start, and only positions that are new get rows; any
+    other goes on where the last one ended.
+
     Raises `TraceError` inside a forward when the batch holds more than one sequence. A forward that fails
     midway leaves no rows. Routing of one forward is copied from the device once, when the forward ends.
     """
@@ -51,6 +54,7 @@ class RoutingTap:
         self._groups = _groups(self.sites)
         self._pending: dict[str, Decision] = {}
         self._length: int | None = None
+        self._from_start = False
         self._hole: str | None = None
 
     def __enter__(self) -> "RoutingTap":
@@ -80,6 +84,7 @@ class RoutingTap:
     def _begin(self, module: nn.Module, args: tuple, kwargs: Mapping) -> None:
         self._pending.clear()
         self._length = None
+        self._from_start = kwargs.get("use_cache") is False
         for value in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]):
             if isinstance(value, torch.Tensor):
                 if value.shape[0] != 1:
@@ -93,9 +98,12 @@ class RoutingTap:
         name = listener.site.name
 
         def listen(module: nn.Module, args: tuple, kwargs: Mapping, output: object) -> None:
+            decision = listener.read(args, kwargs, output)
+            if decision is None:
+                return
             if name in self._pending:
                 self._miss(f"router {name!r} reported twice for position {self.positions}.")
-            self._pending[name] = listener.read(args, kwargs, output)
+            self._pending[name] = decision
 
         return listen
 
@@ -112,10 +120,12 @@ class RoutingTap:
             elif rows[site.name] != length and (rows[site.name] != 1 or site.granularity != "sequence"):
                 where = f"{length} positions from {self.positions} on"
                 self._miss(f"router {site.name!r} reported {rows[site.name]} choices for {where}.")
+        # Without a cache every forward reads all positions again; the rows that are there already stay.
+        start = min(self.positions, length) if self._from_start else 0
         if self._hole is None:
             for group in self._groups:
-                group.append([pending[site.name] for site in group.sites], length, self.positions)
-        self.positions += length
+                group.append([pending[site.name] for site in group.sites], length, self.positions, start)
+        self.positions += length - start
 
     def trace(
         self,
@@ -160,8 +170,11 @@ class _Group:
     sites: list[Site]
     values: list[np.ndarray]
 
-    def append(self, outputs: Sequence[Decision], length: int, start: int) -> None:
-        """`outputs`: one per site, each for `length` positions or for one that stands for them all."""
+    def append(self, outputs: Sequence[Decision], length: int, start: int, known: int = 0) -> None:
+        """`outputs`: one per site, each for `length` positions or for one that stands for them all.
+
+        The first `known` of them are in the rows up to `start` already.
+        """
 
         def stacked(name: str) -> torch.Tensor:
             kind = [getattr(output, name) for output in outputs]
@@ -170,7 +183,7 @@ class _Group:
                 kind = [rows.reshape(-1, width).expand(length, width) for rows in kind]
             # A model spread over several devices routes on each of them.
             device = kind[0].device
-            return torch.stack([rows.reshape(length, width).to(device) for rows in kind]).detach()
+            return torch.stack([rows.reshape(length, width)[known:].to(device) for rows in kind]).detach()
 
         # Bits of the halves travel as int16 beside the indices, so that one copy leaves the device.
         probs, weights = (
@@ -181,7 +194,7 @@ class _Group:
         packed = packed.cpu().numpy()
         experts, chosen = self.sites[0].num_experts, self.sites[0].num_experts_per_tok
         parts = np.split(packed, [experts, experts + chosen], axis=-1)
-        stop = start + length
+        stop = start + length - known
         for index, part in enumerate(parts):
             held = self.values[index]
             if held.shape[1] < stop:

@@ -26,7 +26,7 @@ from mllm_demo.figures.pathways import pathways_figure
 from mllm_demo.figures.payload import PayloadStream, empty_payload
 from mllm_demo.routing.stats import site_groups
 from mllm_demo.routing.trace import RoutingTrace
-from mllm_demo.settings import Sampling, Settings
+from mllm_demo.settings import Sampling, Settings, split_adapters
 from mllm_demo.ui import history as chat
 from mllm_demo.ui import words
 from mllm_demo.ui.sessions import Sessions
@@ -263,7 +263,7 @@ class Callbacks:
     def load(self, model: str, adapter: str, quantization: str) -> Iterator[tuple[str, str, str]]:
         """Loads another model; yields progress, status line, notice."""
         try:
-            asked = {"model": model or "", "adapter": adapter.strip() or None, "quantization": quantization}
+            asked = {"model": model or "", "adapter": split_adapters(adapter), "quantization": quantization}
             choice = replace(self.settings.choice, **asked)
             for step in self.engine.load(choice):
                 yield progress(step.fraction, step.note), status_line(self.engine.status()), ""

@@ -148,7 +148,7 @@ def _settings_panels(engine: Engine, settings: Settings) -> tuple[list, list, gr
         named.change(lambda name: notes.get(name, ""), named, about, **quiet)
         model = [
             named,
-            gr.Textbox(choice.adapter or "", label=words.ADAPTER_LABEL, info=words.ADAPTER_INFO),
+            gr.Textbox(choice.adapter_text or "", label=words.ADAPTER_LABEL, info=words.ADAPTER_INFO),
             gr.Radio(list(QUANTIZATIONS), value=choice.quantization, label=words.QUANTIZATION_LABEL),
         ]
         load = gr.Button(words.LOAD, variant="primary", size="md")

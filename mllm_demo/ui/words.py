@@ -33,7 +33,10 @@ TEMPERATURE_INFO = "0: always the likeliest token"
 MODEL_LABEL = "Model"
 MODEL_INFO = "a preset, a folder on the server or a Hugging Face id"
 ADAPTER_LABEL = "Adapter"
-ADAPTER_INFO = "folder or id of a PEFT adapter; empty for the preset's own"
+ADAPTER_INFO = (
+    "folder or id of a PEFT adapter; several LoRA adapters, separated by commas, become one mixture with a router "
+    "that needs no training (Arrow); empty for the preset's own"
+)
 QUANTIZATION_LABEL = "Quantization"
 LOAD = "Load this model"
 LOAD_SHARED = "Everybody on this page shares one model; loading another one replaces it for all."
