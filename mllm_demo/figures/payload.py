@@ -131,10 +131,11 @@ def _part(trace: RoutingTrace, start: int) -> dict:
         if token.image_index is not None
     ]
     columns: dict[str, list[str]] = {"probs": [], "selected": [], "weights": []}
+    # A choice for a whole sequence is one row for the prompt and one for the answer, which may have got its own.
+    answer = next((position for position, token in enumerate(trace.tokens) if token.phase == "decode"), 0)
+    whole = [position for position in sorted({0, answer}) if position >= start]
     for site in trace.sites:
-        # One choice serves the whole conversation: one row, in the first part only.
-        stop = (1 if start == 0 else start) if site.granularity == "sequence" else len(trace.tokens)
-        rows = slice(start, stop)
+        rows = whole if site.granularity == "sequence" else slice(start, len(trace.tokens))
         probs = np.asarray(trace.router_probs[site.name][rows], np.float32)
         columns["probs"].append(_b64(np.rint(np.clip(probs, 0, 1) * 65535).astype("<u2")))
         columns["selected"].append(_b64(np.asarray(trace.selected_experts[site.name][rows]).astype("<u2")))

@@ -1,7 +1,7 @@
 """An engine without a model: streams words with a synthetic, repeatable routing trace.
 
 Everything the page can be asked to show is reachable: queueing, progress, stop, errors (by magic words in the
-question: "fail", "crash", "slow", "plain", "sequence", "where").
+question: "fail", "crash", "slow", "plain", "sequence", "sequence twice", "where").
 """
 
 import io
@@ -68,8 +68,12 @@ def prompt(question, images):
     return tokens
 
 
-def trace_of(tokens, images, where=None, note=""):
-    """Smooth random routing: image tokens by place, words by their text, a different mixture in each layer."""
+def trace_of(tokens, images, where=None, note="", twice=False):
+    """Smooth random routing: image tokens by place, words by their text, a different mixture in each layer.
+
+    `twice`: sequence-level choices are made once for the prompt and again for the answer.
+    """
+    answer = [number for number, token in enumerate(tokens) if token.phase == "decode"]
     where = where or sites()
     probs, selected, weights = {}, {}, {}
     for site in where:
@@ -87,6 +91,8 @@ def trace_of(tokens, images, where=None, note=""):
         logits = 1.6 * np.array(rows)
         if site.granularity == "sequence":
             logits[:] = logits[0]
+            if twice:
+                logits[answer] = np.roll(logits[0], 1)
         p = np.exp(logits - logits.max(1, keepdims=True))
         p /= p.sum(1, keepdims=True)
         best = p.argmax(1)[:, None]
@@ -167,6 +173,7 @@ class FakeEngine:
         tokens = prompt(question, images)
         plain = "plain" in question
         where = sites("sequence") if "sequence" in question else sites()
+        twice = "twice" in question
         yield Started(len(tokens), sum(t.modality == "image" for t in tokens))
         time.sleep(self.pause * 5)
         if "crash" in question:
@@ -187,6 +194,6 @@ class FakeEngine:
             tokens.append(Token(6, word, "text", "assistant", "decode"))
             yield TextDelta(text, said)
             if i % 6 == 0 and not plain:
-                yield TraceUpdate(trace_of(tokens, images, where))
-        trace = None if plain else trace_of(tokens, images, where, text)
+                yield TraceUpdate(trace_of(tokens, images, where, twice=twice))
+        trace = None if plain else trace_of(tokens, images, where, text, twice)
         yield Finished(text, trace, reason, said, 0.4, time.monotonic() - begun)

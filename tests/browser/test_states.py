@@ -194,6 +194,23 @@ def test_a_choice_for_the_whole_conversation_is_never_drawn_as_if_tokens_had_cho
     assert set(shades) == {""}
 
 
+def test_a_second_choice_for_the_answer_is_shown_beside_the_prompts(visit, staged, picture):
+    address, _ = staged()
+    page = visit(address)
+    looking.attach(page, picture)
+    looking.ask(page, "sequence twice")
+    looking.wait_for_answer(page)
+    expect(page.get_by_text("makes two choices in layer")).to_be_visible()
+    expect(page.get_by_text("two choices in each layer: for the prompt and for the answer")).to_be_visible()
+    expect(looking.selection(page)).to_have_text(re.compile("^whole answer · layer"))
+    answered = looking.selection(page).inner_text()
+    looking.the_map(page).press("ArrowLeft")
+    expect(looking.selection(page)).to_have_text(re.compile("^whole prompt · layer"))
+    assert re.search(r"expert \d", answered)[0] != re.search(r"expert \d", looking.selection(page).inner_text())[0]
+    shades = looking.words(page).evaluate_all("nodes => nodes.map(node => node.style.backgroundColor)")
+    assert set(shades) == {""}
+
+
 def test_hostile_words_are_drawn_as_text(visit, staged):
     address, engine = staged()
     page = visit(address)

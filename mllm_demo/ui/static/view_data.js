@@ -39,6 +39,7 @@ class Trace {
     this.ids.length = this.starts.length = same;
     for (const column of this.columns) for (const name in column) column[name].length = same;
     for (const part of payload.parts.slice(same)) this.append(part);
+    this.answerAt = this.tokens.findIndex((token) => token.decoded);
     this.arrays = this.columns.map((column) => ({
       probs: joinArrays(Uint16Array, column.probs),
       selected: joinArrays(Uint16Array, column.selected),
@@ -67,8 +68,18 @@ class Trace {
     });
   }
 
-  // Row of `token` in the arrays of site `s`: a sequence-level choice has one row for all.
-  row(s, token) { return this.sites[s].granularity === "sequence" ? 0 : token; }
+  // Row of `token` in the arrays of site `s`: a sequence-level choice has one row for the prompt, one for the answer.
+  row(s, token) {
+    if (this.sites[s].granularity !== "sequence") return token;
+    return this.tokens[token].decoded ? this.arrays[s].probs.length / this.sites[s].experts - 1 : 0;
+  }
+
+  // Whether site `s` chose once for the prompt and again, differently, for the answer.
+  choseTwice(s) {
+    if (this.sites[s].granularity !== "sequence" || this.answerAt < 0) return false;
+    const [prompt, answer] = [this.probs(s, 0), this.probs(s, this.answerAt)];
+    return prompt.some((prob, expert) => prob !== answer[expert]);
+  }
 
   // The selected experts with their weights, strongest first.
   chosen(s, token) {

@@ -27,12 +27,15 @@ function createLayersView(root, view) {
   }
 
   const whole = () => view.site().granularity === "sequence";
+  // A token of each choice that was made for many: the prompt's, and the answer's if it got its own.
+  const choices = () => (view.twice() ? [0, view.trace.answerAt] : [0]);
+  const half = () => (view.twice() && view.trace.tokens[view.token].decoded ? 1 : 0);
 
   function measure() {
     const rows = view.sites().length;
-    const columns = whole() ? 1 : view.trace.tokens.length;
+    const columns = whole() ? choices().length : view.trace.tokens.length;
     const room = Math.max(60, scroll.clientWidth);
-    const cell = whole() ? Math.min(160, room) : Math.max(MAP_MIN_CELL, room / columns);
+    const cell = whole() ? Math.min(160, room / columns) : Math.max(MAP_MIN_CELL, room / columns);
     const row = Math.max(7, Math.min(20, Math.floor(320 / rows)));
     size = { rows, columns, cell, row, width: cell * columns, height: MAP_HEAD + row * rows };
   }
@@ -43,9 +46,10 @@ function createLayersView(root, view) {
     cells.height = size.rows;
     const context = cells.getContext("2d");
     const image = context.createImageData(size.columns, size.rows);
+    const tokens = whole() ? choices() : null;
     view.sites().forEach((s, y) => {
       for (let x = 0; x < size.columns; x++) {
-        const rgb = view.blend(x, 1, s);
+        const rgb = view.blend(tokens ? tokens[x] : x, 1, s);
         image.data.set([rgb[0], rgb[1], rgb[2], 255], 4 * (y * size.columns + x));
       }
     });
@@ -76,7 +80,8 @@ function createLayersView(root, view) {
     p.stroke();
     if (whole()) {
       p.fillStyle = ink;
-      p.fillText("whole conversation", 2, 9);
+      const names = size.columns > 1 ? ["prompt", "answer"] : ["whole conversation"];
+      names.forEach((name, x) => p.fillText(name, x * size.cell + 2, 9));
     } else drawBands(p, ink);
     drawCross(p, ink);
   }
@@ -95,7 +100,7 @@ function createLayersView(root, view) {
   }
 
   function drawCross(p, ink) {
-    const x = whole() ? 0 : view.token * size.cell;
+    const x = (whole() ? half() : view.token) * size.cell;
     const y = MAP_HEAD + view.layer * size.row;
     p.fillStyle = ink;
     p.globalAlpha = 0.16;
@@ -175,7 +180,8 @@ function createLayersView(root, view) {
     const x = Math.floor((event.clientX - box.left) / size.cell);
     const y = Math.floor((event.clientY - box.top - MAP_HEAD) / size.row);
     if (y < 0 || y >= size.rows || x < 0 || x >= size.columns) return null;
-    return whole() ? { layer: y } : { token: x, layer: y };
+    if (!whole()) return { token: x, layer: y };
+    return x === half() ? { layer: y } : { token: choices()[x], layer: y };
   }
 
   map.onclick = (event) => { const cell = cellAt(event); if (cell) view.select(cell); };
@@ -193,7 +199,8 @@ function createLayersView(root, view) {
     }[event.key];
     if (!to) return;
     event.preventDefault();
-    if (!(whole() && "token" in to)) view.select(to);
+    if (!whole() || !("token" in to)) view.select(to);
+    else if (view.twice()) view.select({ token: choices()[to.token < token ? 0 : 1] });
   };
   bars.onclick = (event) => {
     const y = Math.floor((event.clientY - bars.getBoundingClientRect().top - MAP_HEAD) / size.row);

@@ -19,6 +19,8 @@ function createRoutingView(element, props, watch) {
     sites() { return view.routerKind().sites; },
     siteIndex() { return view.sites()[view.layer]; },
     site() { return view.trace.sites[view.siteIndex()]; },
+    // Whether routers of this kind chose once for the prompt and again for the answer.
+    twice() { return view.sites().some((s) => view.trace.choseTwice(s)); },
     color(expert) { return view.trace.colors[expert]; },
     paper: () => theme.paper,
     ink: () => theme.ink,
@@ -49,7 +51,9 @@ function createRoutingView(element, props, watch) {
       const { text, modality, image, index } = view.trace.tokens[token];
       const patch = view.trace.images.length > 1 ? `patch of image ${image + 1}` : "patch";
       const name = modality === "image" ? patch : `“${visible(text)}”`;
-      const who = granularity === "sequence" ? "whole conversation" : `token ${index} ${name}`;
+      const half = view.trace.tokens[token].decoded ? "whole answer" : "whole prompt";
+      const whole = view.trace.choseTwice(s) ? half : "whole conversation";
+      const who = granularity === "sequence" ? whole : `token ${index} ${name}`;
       const experts = view.trace.chosen(s, token).map(([expert, weight]) => `expert ${expert} (weight ${weight.toFixed(2)})`);
       const label = view.trace.kinds.find((kind) => kind.sites.includes(s)).label;
       return [who, view.trace.layerName(s), label || block, experts.join(" + ")].join(" · ");
@@ -112,8 +116,9 @@ function createRoutingView(element, props, watch) {
     const whole = view.site().granularity === "sequence";
     root.dataset.whole = String(whole);
     root.dataset.many = String(view.site().k > 1);
-    find(".rv-layers .rv-hint").textContent = whole
-      ? "one choice in each layer, for the whole conversation" : "tokens from left to right, layers from top to bottom";
+    const choices = view.twice() ? "two choices in each layer: for the prompt and for the answer"
+      : "one choice in each layer, for the whole conversation";
+    find(".rv-layers .rv-hint").textContent = whole ? choices : "tokens from left to right, layers from top to bottom";
     const note = find(".rv-note");
     note.textContent = noteFor();
     note.hidden = !note.textContent;
@@ -125,10 +130,17 @@ function createRoutingView(element, props, watch) {
     if (granularity === "modality")
       return "This router sends tokens by kind alone: all image tokens to one expert, all text tokens to another.";
     if (granularity !== "sequence") return "";
-    const [[expert, weight]] = view.trace.chosen(view.siteIndex(), view.token);
-    const where = view.trace.layerName(view.siteIndex());
-    return `This router makes one choice for the whole conversation: expert ${expert} of ${where}, weight `
-      + `${weight.toFixed(2)}. No single patch or word chose it, so none is coloured.`;
+    const s = view.siteIndex();
+    const said = (token) => {
+      const named = view.trace.chosen(s, token).map(([expert, weight]) => `expert ${expert}, weight ${weight.toFixed(2)}`);
+      return named.join(" + ");
+    };
+    const nobody = "No single patch or word chose, so none is coloured.";
+    if (view.trace.choseTwice(s))
+      return `This router makes two choices in ${view.trace.layerName(s)}: one for the whole prompt (${said(0)}), and, `
+        + `when the answer begins, another for the whole answer (${said(view.trace.answerAt)}). ${nobody}`;
+    return `This router makes one choice for the whole conversation: ${said(view.token)} of `
+      + `${view.trace.layerName(s)}. ${nobody}`;
   }
 
   function legend() {

@@ -93,12 +93,19 @@ def test_another_conversation_starts_over():
     assert len(second["parts"]) == 1
 
 
-def test_one_choice_for_the_whole_conversation_is_one_row():
+def test_a_choice_for_the_whole_sequence_is_a_row_for_the_prompt_and_one_for_the_answer():
     stream = PayloadStream()
+    prompt = make_trace([], granularity="sequence")
+    assert decoded(stream.update(prompt, live=True), 0, "probs", "<u2", 4).shape == (1, 4)
     stream.update(make_trace([" a"], granularity="sequence"), live=True)
-    payload = stream.update(make_trace([" a", " b"], granularity="sequence"), live=False)
-    assert decoded(payload, 0, "probs", "<u2", 4).shape == (1, 4)
+    whole = make_trace([" a", " b"], granularity="sequence")
+    payload = stream.update(whole, live=False)
     assert payload["sites"][0]["granularity"] == "sequence"
+    rows = decoded(payload, 0, "probs", "<u2", 4)
+    expected = whole.router_probs[whole.sites[0].name].astype(np.float32)
+    first = next(index for index, token in enumerate(whole.tokens) if token.phase == "decode")
+    assert rows.shape == (2, 4)
+    np.testing.assert_allclose(rows / 65535, expected[[0, first]], atol=1e-3)
 
 
 def test_a_picture_that_cannot_be_read_becomes_a_blank_of_its_size():
