@@ -31,6 +31,8 @@ def provenance(loaded: LoadedModel, messages: Conversation, sampling: Sampling) 
         "quantization": loaded.quantization,
         "dtype": loaded.dtype,
         "remark": loaded.remark,
+        "expert_quantization": loaded.choice.expert_quantization,
+        "awaker_gate": loaded.choice.awaker_gate,
         "device": str(loaded.device),
         "sampling": {
             "max_new_tokens": sampling.max_new_tokens,

@@ -26,10 +26,11 @@ def test_no_flags_are_the_defaults():
 def test_every_flag_arrives():
     flags = (
         "--model owner/name --adapter a --quantization fp4 --device cpu --host 0.0.0.0 --port 8000 --share "
-        "--auth me:a:secret --max-new-tokens 7 --queue-size 3 --timeout 9.5 --cache-dir /tmp/weights"
+        "--auth me:a:secret --max-new-tokens 7 --queue-size 3 --timeout 9.5 --cache-dir /tmp/weights "
+        "--expert-quantization none --awaker-gate steady"
     )
     assert cli.server_settings(flags.split(), {}) == Settings(
-        choice=ModelChoice("owner/name", "a", "fp4", "cpu"),
+        choice=ModelChoice("owner/name", "a", "fp4", "cpu", expert_quantization="none", awaker_gate="steady"),
         sampling=Sampling(max_new_tokens=7),
         host="0.0.0.0",
         port=8000,
@@ -47,6 +48,8 @@ def test_every_flag_has_a_variable_and_the_flag_wins():
         "MLLM_DEMO_ADAPTER": "a",
         "MLLM_DEMO_QUANTIZATION": "int8",
         "MLLM_DEMO_DEVICE": "cuda",
+        "MLLM_DEMO_EXPERT_QUANTIZATION": "nf4",
+        "MLLM_DEMO_AWAKER_GATE": "steady",
         "MLLM_DEMO_HOST": "::1",
         "MLLM_DEMO_PORT": "8001",
         "MLLM_DEMO_SHARE": "true",
@@ -57,7 +60,7 @@ def test_every_flag_has_a_variable_and_the_flag_wins():
         "MLLM_DEMO_CACHE_DIR": "/tmp/c",
     }
     expected = Settings(
-        choice=ModelChoice("m", "a", "int8", "cuda"),
+        choice=ModelChoice("m", "a", "int8", "cuda", expert_quantization="nf4", awaker_gate="steady"),
         sampling=Sampling(max_new_tokens=5),
         host="::1",
         port=8001,

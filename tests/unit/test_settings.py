@@ -35,6 +35,8 @@ def test_settings_cannot_be_changed_after_the_start(value):
         (ModelChoice, "model", " "),
         (ModelChoice, "quantization", "int4"),
         (ModelChoice, "device", "tpu"),
+        (ModelChoice, "expert_quantization", "int8"),
+        (ModelChoice, "awaker_gate", "open"),
         (Settings, "port", 0),
         (Settings, "port", 65536),
         (Settings, "queue_size", 0),
