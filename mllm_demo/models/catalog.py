@@ -159,7 +159,7 @@ CATALOGUE = (
         parameters=2209,
         unquantized=235,
         licence="Apache-2.0",
-        note="Needs a GPU to be pleasant; the base of Awaker2.5-VL.",
+        note="Needs a GPU to be pleasant.",
     ),
     CatalogueEntry(
         "qwen2-vl-7b",
@@ -168,7 +168,7 @@ CATALOGUE = (
         parameters=8291,
         unquantized=1091,
         licence="Apache-2.0",
-        note="Needs a GPU.",
+        note="Needs a GPU; the base of Awaker2.5-VL.",
     ),
     AWAKER,
     CatalogueEntry(

@@ -18,7 +18,7 @@ from transformers import Qwen2VLConfig
 
 from mllm_demo import ask, cli
 from mllm_demo.errors import CheckpointError, DemoError
-from mllm_demo.models import catalog, fetching, loading
+from mllm_demo.models import catalog, fetching, loading, memory
 from mllm_demo.models.checkpoints import awaker, streaming
 from mllm_demo.models.checkpoints.awaker_layout import Mixture, expected_keys
 from mllm_demo.models.checkpoints.source import Source
@@ -88,6 +88,30 @@ def test_the_published_checkpoint_has_exactly_the_expected_keys():
     counts = Counter(map(pattern, expected))
     assert counts == {name: about["count"] for name, about in recorded["patterns"].items()}
     assert all(list(shape) == recorded["patterns"][pattern(name)]["shape"] for name, shape in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("quantization", "expert_bytes", "expected_gb"),
+    [
+        ("nf4", catalog.NF4_BYTES_PER_WEIGHT, 7.7),
+        ("nf4", 2, 11.7),
+        ("int8", catalog.NF4_BYTES_PER_WEIGHT, 11.2),
+        ("none", catalog.NF4_BYTES_PER_WEIGHT, 18.4),
+        ("none", 2, 22.4),
+    ],
+)
+def test_what_the_published_model_takes(quantization, expert_bytes, expected_gb):
+    """GB of weights from shapes: base as estimated before loading, experts as held, plain LoRA in float32."""
+    config, _ = published()
+    mixture = Mixture(num_experts=4, shared=True, r=256, plain_r=256, lora_alpha=512, topk=1, temperature=1.0)
+    sizes = {name: math.prod(shape) for name, shape in expected_keys(config, mixture).items()}
+    experts = sum(size for name, size in sizes.items() if ".lora_moe_" in name)
+    plain = sum(size for name, size in sizes.items() if ".lora_A." in name or ".lora_B." in name)
+    base = memory.estimate_bytes(config, quantization, torch.bfloat16)
+    weights_gb = (base + experts * expert_bytes + plain * 4) / 1e9
+    assert weights_gb == pytest.approx(expected_gb, abs=0.05)
+    if quantization == "nf4" and expert_bytes < 1:
+        assert catalog.AWAKER.needs_gb == pytest.approx(weights_gb * catalog.WORKING_MEMORY_FACTOR, abs=0.5)
 
 
 def test_base_and_adapter_hold_every_tensor_of_the_original(original, tmp_path):
