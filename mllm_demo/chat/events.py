@@ -104,12 +104,76 @@ class Preset:
     note: str
 
 
+@dataclass(frozen=True)
+class FootprintPart:
+    """A part of a model: `weights` values of which `four_bit_weights` are held in 4 bit, and bytes: in 16 bit, as
+    held, and of the 4-bit codes alone."""
+
+    name: str
+    weights: int
+    four_bit_weights: int
+    bytes_in_16_bit: int
+    bytes_held: int
+    four_bit_bytes: int
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a model will take, known before it is loaded.
+
+    `parts`: none where the model's configuration is not on this machine; `cache_bytes`: its KV cache for 1,000
+    tokens; `needs_bytes`: weights, a cache of a few thousand tokens and room to work; `free_bytes`: what `device`
+    can still hand out; `image_tokens`: positions of a picture of `image_size` (width, height), where known.
+    """
+
+    title: str
+    quantization: str
+    device: str
+    parts: tuple[FootprintPart, ...]
+    cache_bytes: int
+    needs_bytes: int
+    free_bytes: int
+    image_size: tuple[int, int] | None = None
+    image_tokens: int | None = None
+
+    @property
+    def bytes_held(self) -> int:
+        return sum(part.bytes_held for part in self.parts)
+
+    @property
+    def bytes_in_16_bit(self) -> int:
+        return sum(part.bytes_in_16_bit for part in self.parts)
+
+    @property
+    def four_bit_share(self) -> float:
+        """Weights held in 4 bit / all weights, 0 to 1."""
+        return sum(p.four_bit_weights for p in self.parts) / (sum(p.weights for p in self.parts) or 1)
+
+    @property
+    def four_bit_share_of_bytes(self) -> float:
+        """Bytes of 4-bit codes / all bytes held, 0 to 1."""
+        return sum(part.four_bit_bytes for part in self.parts) / (self.bytes_held or 1)
+
+    @property
+    def cards_gb(self) -> tuple[int, ...]:
+        """Sizes of graphics cards, of 8, 12, 16 and 24 GB, that hold it."""
+        return tuple(size for size in (8, 12, 16, 24) if self.needs_bytes <= size * 2**30)
+
+    @property
+    def fits(self) -> bool:
+        return self.needs_bytes <= self.free_bytes
+
+
 class Engine(Protocol):
     """What the page and the command line need of an engine."""
 
     def status(self) -> EngineStatus: ...
 
     def presets(self) -> Sequence[Preset]: ...
+
+    def footprint(self, choice: ModelChoice) -> Footprint:
+        """What `choice` would take; fetches at most its description. Raises `LoadError`."""
+        ...
 
     def load(self, choice: ModelChoice) -> Iterator[LoadProgress]:
         """Frees the old model, loads the new one; raises `LoadError`, keeping `status()` truthful."""

@@ -11,9 +11,14 @@ from mllm_demo.settings import DEFAULT_MODEL
 
 # NF4 with double quantization: 4 bits a weight, 8 bits per block of 64, 32 bits per 256 blocks (QLoRA, section 3).
 NF4_BYTES_PER_WEIGHT = 0.5 + 1 / 64 + 4 / (64 * 256)
-# Room for activations, the KV cache of a few thousand tokens and the runtime's own buffers.
-WORKING_MEMORY_FACTOR = 1.2
-WORKING_MEMORY_GB = 0.3
+# Room for a conversation with a picture or two, and for activations and the runtime's own buffers.
+CONVERSATION_TOKENS = 4000
+WORKING_BYTES = 500_000_000
+
+
+def needed(weights_bytes: float, cache_bytes: float) -> int:
+    """Bytes that a model takes while it answers. `cache_bytes`: its KV cache for 1,000 tokens."""
+    return round(weights_bytes + cache_bytes * CONVERSATION_TOKENS / 1000 + WORKING_BYTES)
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,7 @@ class CatalogueEntry:
     """A preset. `hub_id` is None for the model that is shipped with the program.
 
     `parameters` and `unquantized` are in millions; the latter (embeddings, output head, convolutions) stay in 16 bit.
+    `cache_mb`: the KV cache for 1,000 tokens.
     `described_by`: hub id of the base model, where a checkpoint holds weights only and borrows its configuration,
     tokenizer and processor.
     """
@@ -30,16 +36,17 @@ class CatalogueEntry:
     hub_id: str | None
     parameters: float
     unquantized: float
+    cache_mb: float
     licence: str
     note: str
     described_by: str | None = None
 
     @property
     def needs_gb(self) -> float:
-        """GB of device memory in NF4, estimated from the parameter counts."""
+        """GB of device memory in NF4, from these numbers."""
         quantized = self.parameters - self.unquantized
-        weights_gb = (quantized * NF4_BYTES_PER_WEIGHT + self.unquantized * 2) / 1000
-        return round(weights_gb * WORKING_MEMORY_FACTOR + WORKING_MEMORY_GB, 1)
+        weights = (quantized * NF4_BYTES_PER_WEIGHT + self.unquantized * 2) * 1e6
+        return round(needed(weights, self.cache_mb * 1e6) / 1e9, 1)
 
     def as_preset(self) -> Preset:
         """The entry as the page shows it."""
@@ -53,6 +60,7 @@ AWAKER = CatalogueEntry(
     parameters=11082,
     # Embeddings and output head, and 110 M of plain LoRA in 32 bit.
     unquantized=1311,
+    cache_mb=57,
     licence="not stated by its authors; base Apache-2.0",
     note=(
         "Needs a GPU of 12 GB, a 22 GB download and 22 GB more on disk for its one conversion. Verified: tiny random "
@@ -74,6 +82,7 @@ MOE_LLAVA = (
         "LanguageBind/MoE-LLaVA-Phi2-2.7B-4e",
         parameters=5605,
         unquantized=261,
+        cache_mb=328,
         licence="research preview (Apache-2.0 code); base MIT",
         note=MOE_LLAVA_NOTE.format(disk=24),
     ),
@@ -83,6 +92,7 @@ MOE_LLAVA = (
         "LanguageBind/MoE-LLaVA-Phi2-2.7B-4e-384",
         parameters=5715,
         unquantized=261,
+        cache_mb=328,
         licence="research preview (Apache-2.0 code); base MIT",
         note=MOE_LLAVA_NOTE.format(disk=24),
     ),
@@ -92,6 +102,7 @@ MOE_LLAVA = (
         "LanguageBind/MoE-LLaVA-StableLM-1.6B-4e",
         parameters=3200,
         unquantized=413,
+        cache_mb=197,
         licence="research preview (Apache-2.0 code); base: Stability AI's own licence",
         note=MOE_LLAVA_NOTE.format(disk=14),
     ),
@@ -101,6 +112,7 @@ MOE_LLAVA = (
         "LanguageBind/MoE-LLaVA-StableLM-1.6B-4e-384",
         parameters=3310,
         unquantized=413,
+        cache_mb=197,
         licence="research preview (Apache-2.0 code); base: Stability AI's own licence",
         note=MOE_LLAVA_NOTE.format(disk=15),
     ),
@@ -110,6 +122,7 @@ MOE_LLAVA = (
         "LanguageBind/MoE-LLaVA-Qwen-1.8B-4e",
         parameters=3364,
         unquantized=624,
+        cache_mb=197,
         licence="research preview (Apache-2.0 code); base: Tongyi Qianwen's own licence",
         note=MOE_LLAVA_NOTE.format(disk=15),
     ),
@@ -122,6 +135,7 @@ CATALOGUE = (
         None,
         parameters=140,
         unquantized=34,
+        cache_mb=23,
         licence="Apache-2.0",
         note="Small, made for this demo, with routed experts; needs no GPU.",
     ),
@@ -131,6 +145,7 @@ CATALOGUE = (
         "HuggingFaceTB/SmolVLM-256M-Instruct",
         parameters=256,
         unquantized=58,
+        cache_mb=23,
         licence="Apache-2.0",
         note="The smallest hub preset; usable on a CPU.",
     ),
@@ -140,6 +155,7 @@ CATALOGUE = (
         "HuggingFaceTB/SmolVLM-500M-Instruct",
         parameters=507,
         unquantized=96,
+        cache_mb=41,
         licence="Apache-2.0",
         note="Slow on a CPU.",
     ),
@@ -149,6 +165,7 @@ CATALOGUE = (
         "HuggingFaceTB/SmolVLM-Instruct",
         parameters=2246,
         unquantized=203,
+        cache_mb=197,
         licence="Apache-2.0",
         note="Needs a GPU to be pleasant.",
     ),
@@ -158,6 +175,7 @@ CATALOGUE = (
         "Qwen/Qwen2-VL-2B-Instruct",
         parameters=2209,
         unquantized=235,
+        cache_mb=29,
         licence="Apache-2.0",
         note="Needs a GPU to be pleasant.",
     ),
@@ -167,6 +185,7 @@ CATALOGUE = (
         "Qwen/Qwen2-VL-7B-Instruct",
         parameters=8291,
         unquantized=1091,
+        cache_mb=57,
         licence="Apache-2.0",
         note="Needs a GPU; the base of Awaker2.5-VL.",
     ),
@@ -177,6 +196,7 @@ CATALOGUE = (
         "Qwen/Qwen2.5-VL-3B-Instruct",
         parameters=3755,
         unquantized=313,
+        cache_mb=37,
         licence="Qwen Research (non-commercial)",
         note="Needs a GPU.",
     ),
@@ -186,6 +206,7 @@ CATALOGUE = (
         "Qwen/Qwen2.5-VL-7B-Instruct",
         parameters=8292,
         unquantized=1092,
+        cache_mb=57,
         licence="Apache-2.0",
         note="Needs a GPU.",
     ),
@@ -195,6 +216,7 @@ CATALOGUE = (
         "Qwen/Qwen3-VL-2B-Instruct",
         parameters=2128,
         unquantized=313,
+        cache_mb=115,
         licence="Apache-2.0",
         note="Needs a GPU to be pleasant.",
     ),
@@ -204,6 +226,7 @@ CATALOGUE = (
         "Qwen/Qwen3-VL-4B-Instruct",
         parameters=4438,
         unquantized=391,
+        cache_mb=147,
         licence="Apache-2.0",
         note="Needs a GPU.",
     ),
@@ -213,10 +236,71 @@ CATALOGUE = (
         "Qwen/Qwen3-VL-8B-Instruct",
         parameters=8767,
         unquantized=1247,
+        cache_mb=147,
         licence="Apache-2.0",
         note="Needs a GPU.",
     ),
     *MOE_LLAVA,
+    CatalogueEntry(
+        "qwen3-vl-30b-a3b",
+        "Qwen3-VL 30B-A3B Instruct",
+        "Qwen/Qwen3-VL-30B-A3B-Instruct",
+        parameters=31071,
+        unquantized=640,
+        cache_mb=98,
+        licence="Apache-2.0",
+        note="128 experts a layer, 8 a token; a 24 GB GPU.",
+    ),
+    CatalogueEntry(
+        "aria",
+        "Rhymes Aria 25B",
+        "rhymes-ai/Aria",
+        parameters=25307,
+        unquantized=531,
+        cache_mb=287,
+        licence="Apache-2.0",
+        note="64 experts a layer, 6 a token, and two for all; a 16 GB GPU.",
+    ),
+    CatalogueEntry(
+        "ernie-4.5-vl-28b-a3b",
+        "ERNIE 4.5 VL 28B-A3B",
+        "baidu/ERNIE-4.5-VL-28B-A3B-PT",
+        parameters=29399,
+        unquantized=274,
+        cache_mb=57,
+        licence="Apache-2.0",
+        note="64 experts for text and 64 for pictures a layer, 6 a token; a 16 GB GPU.",
+    ),
+    CatalogueEntry(
+        "qwen3.5-35b-a3b",
+        "Qwen3.5 35B-A3B",
+        "Qwen/Qwen3.5-35B-A3B",
+        parameters=35114,
+        unquantized=1044,
+        cache_mb=82,
+        licence="Apache-2.0",
+        note="256 experts a layer, 8 a token and one for all; a 24 GB GPU.",
+    ),
+    CatalogueEntry(
+        "glm-4.5v",
+        "GLM 4.5V 108B-A12B",
+        "zai-org/GLM-4.5V",
+        parameters=107744,
+        unquantized=1293,
+        cache_mb=188,
+        licence="MIT",
+        note="128 experts a layer, 8 a token; needs an 80 GB GPU.",
+    ),
+    CatalogueEntry(
+        "llama-4-scout",
+        "Llama 4 Scout 109B-A17B Instruct",
+        "meta-llama/Llama-4-Scout-17B-16E-Instruct",
+        parameters=108225,
+        unquantized=2075,
+        cache_mb=197,
+        licence="Llama 4 Community (ask on the hub)",
+        note="16 experts a layer, one a token; needs an 80 GB GPU.",
+    ),
 )
 
 

@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from mllm_demo.chat.events import LoadProgress
 from mllm_demo.errors import CheckpointError, LoadError, OutOfMemoryError
-from mllm_demo.models import adapters, catalog, fetching, memory, mixtures, quantize
+from mllm_demo.models import adapters, catalog, fetching, memory, mixtures, quantize, sizes
 from mllm_demo.models.bundled import weights as bundled_weights
 from mllm_demo.models.checkpoints import awaker
 from mllm_demo.models.fetching import Progress, monotone
@@ -32,7 +32,8 @@ from mllm_demo.models.moe_llava import fetch as moe_llava
 from mllm_demo.models.moe_llava.model import set_noise
 from mllm_demo.models.processors import load_processor
 from mllm_demo.models.progress import bars_as_progress
-from mllm_demo.settings import ModelChoice
+from mllm_demo.models.reading import unmapped
+from mllm_demo.settings import QUANTIZATIONS, ModelChoice
 
 FETCH_SHARE = 0.5  # of the progress bar, when nothing is in the cache yet
 LARGE_EXPERTS_BYTES = 10**9  # from which on experts are held in 4 bit unless something else was asked for
@@ -77,7 +78,8 @@ class LoadedModel:
     remark: str = ""
 
 
-def _read_config(folder: Path, title: str) -> PretrainedConfig:
+def read_config(folder: Path, title: str) -> PretrainedConfig:
+    """The model's configuration; raises `CheckpointError` when no class here reads it, or none reads pictures."""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -92,6 +94,20 @@ def _read_config(folder: Path, title: str) -> PretrainedConfig:
     return config
 
 
+def needed_bytes(folder: Path, config: PretrainedConfig, quantization: str, device: torch.device) -> int:
+    """Bytes that the model in `folder` takes on `device` while it answers; its weights need not be here yet.
+
+    Only a checkpoint that is stored quantized in a way that is not ours is judged by its files.
+    """
+    stored = quantize.stored_quantization(config)
+    if stored not in (None, *QUANTIZATIONS):
+        files = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        return catalog.needed(files, 0)
+    model = sizes.without_memory(config, quantize.compute_dtype(device))
+    held = sizes.parts(model, stored or quantization, **quantize.stored_exceptions(config))
+    return catalog.needed(sum(part.bytes_held for part in held), sizes.cache_bytes(model))
+
+
 def _check_memory(
     folder: Path,
     config: PretrainedConfig,
@@ -100,16 +116,9 @@ def _check_memory(
     device: torch.device,
     adapter_bytes: int = 0,
 ) -> None:
-    """Raises `OutOfMemoryError` before anything is allocated.
-
-    The need is estimated from shapes, so the weights need not be here yet; only a checkpoint that is stored
-    quantized is judged by its files.
-    """
-    if quantize.stored_quantization(config):
-        need = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    else:
-        need = memory.estimate_bytes(config, quantization, quantize.compute_dtype(device))
-    memory.check_fits(title, need + adapter_bytes, device, memory.free_bytes(device))
+    """Raises `OutOfMemoryError` before anything is allocated."""
+    need = needed_bytes(folder, config, quantization, device) + adapter_bytes
+    memory.check_fits(title, need, device, memory.free_bytes(device))
 
 
 def fetch(choice: ModelChoice, cache_dir: Path | None, progress: Progress) -> ResolvedModel:
@@ -143,7 +152,7 @@ def fetch(choice: ModelChoice, cache_dir: Path | None, progress: Progress) -> Re
             adapter_names = (f"{title} experts",)
     else:
         files = fetching.fetch_descriptions(source, cache_dir, monotone(progress, 0.05, 0.1))
-        _check_memory(files.folder, _read_config(files.folder, title), title, choice.quantization, device)
+        _check_memory(files.folder, read_config(files.folder, title), title, choice.quantization, device)
         rest = monotone(progress, 0.1, 1.0)
         if moe_llava.is_original(files.folder):
             files = moe_llava.fetch(source, files.folder, cache_dir, title, rest)
@@ -220,13 +229,13 @@ def _load_base(
 ) -> tuple[PreTrainedModel, str]:
     """The base model with quantized weights, and how they are really quantized."""
     title = resolved.title
-    config = _read_config(resolved.folder, title)
+    config = read_config(resolved.folder, title)
     dtype = quantize.compute_dtype(device)
     stored = quantize.stored_quantization(config)
     if stored in ("nf4", "fp4") and isinstance(config.quantization_config, dict):
         config.quantization_config["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
     try:
-        with bars_as_progress(progress), _memory_errors(title, device):
+        with bars_as_progress(progress), unmapped(), _memory_errors(title, device):
             model, info = AutoModelForImageTextToText.from_pretrained(
                 resolved.folder,
                 config=config,
@@ -292,7 +301,7 @@ def load_resolved(resolved: ResolvedModel, progress: Progress) -> LoadedModel:
     device = quantize.resolve_device(resolved.choice.device)
     progress = monotone(progress)
     progress(LoadProgress(0.0, f"Opening {resolved.title}"))
-    config = _read_config(resolved.folder, resolved.title)
+    config = read_config(resolved.folder, resolved.title)
     dtype = quantize.compute_dtype(device)
     experts_in_4bit = _experts_in_4bit(resolved, resolved.choice.quantization, dtype)
     beside = 0

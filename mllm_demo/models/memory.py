@@ -1,6 +1,6 @@
-"""How much memory a model takes: counted from its tensors, or estimated from its configuration before loading.
+"""How much memory a model takes, counted from its tensors, and how much a device has left.
 
-It knows nothing of files being fetched; `catalog.py` holds the coarser estimate made from parameter counts.
+It knows nothing of files being fetched; `sizes.py` foresees the same from a configuration.
 """
 
 from collections.abc import Iterator
@@ -9,19 +9,13 @@ from pathlib import Path
 
 import psutil
 import torch
-from accelerate import init_empty_weights
 from bitsandbytes.nn import Int8Params, Linear8bitLt, Params4bit
 from torch import nn
-from transformers import AutoModelForImageTextToText, PretrainedConfig
-from transformers.quantizers.base import get_keys_to_not_convert
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from mllm_demo.errors import OutOfMemoryError
-from mllm_demo.models.catalog import NF4_BYTES_PER_WEIGHT, WORKING_MEMORY_FACTOR
 from mllm_demo.models.experts import ExpertWeights4bit
 
 CGROUP = Path("/sys/fs/cgroup")
-BYTES_PER_WEIGHT = {"nf4": NF4_BYTES_PER_WEIGHT, "fp4": NF4_BYTES_PER_WEIGHT, "int8": 1.0}
 
 
 @dataclass(frozen=True)
@@ -76,23 +70,6 @@ def measure(model: nn.Module) -> Footprint:
     return Footprint(sum(sizes.values()), sum(four_bit.values()), parameters)
 
 
-def estimate_bytes(config: PretrainedConfig, quantization: str, dtype: torch.dtype) -> int:
-    """Bytes the weights of `config`'s model will take, from its shapes alone: nothing is allocated."""
-    with init_empty_weights():
-        model = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
-    kept = [*get_keys_to_not_convert(model), *(model._keep_in_fp32_modules or ())]
-    total = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
-    if quantization not in BYTES_PER_WEIGHT:
-        return total
-    saved_per_weight = dtype.itemsize - BYTES_PER_WEIGHT[quantization]
-    quantized = sum(
-        module.weight.numel()
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear and should_convert_module(name, kept)
-    )
-    return round(total - quantized * saved_per_weight)
-
-
 def _cgroup_free(root: Path) -> int | None:
     """Bytes a container may still take, None without a limit. Page cache that can be dropped counts as free."""
     try:
@@ -115,9 +92,8 @@ def free_bytes(device: torch.device, cgroup: Path = CGROUP) -> int:
     return free if contained is None else min(free, contained)
 
 
-def check_fits(title: str, weights_bytes: int, device: torch.device, free: int) -> None:
-    """Raises `OutOfMemoryError` when weights and working memory exceed `free` bytes."""
-    needed = weights_bytes * WORKING_MEMORY_FACTOR
+def check_fits(title: str, needed: int, device: torch.device, free: int) -> None:
+    """Raises `OutOfMemoryError` when `needed` bytes exceed `free`."""
     if needed > free:
         raise OutOfMemoryError(
             f"{title} needs about {needed / 1e9:.1f} GB on {device.type}, where {free / 1e9:.1f} GB is free; "

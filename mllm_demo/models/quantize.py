@@ -58,17 +58,33 @@ def bnb_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig | No
     return ExpertsBitsAndBytesConfig(bnb_4bit_quant_type=quantization, bnb_4bit_compute_dtype=dtype)
 
 
+def _stored(config) -> dict | None:
+    stored = getattr(config, "quantization_config", None)
+    return stored if stored is None or isinstance(stored, dict) else stored.to_dict()
+
+
 def stored_quantization(config) -> str | None:
     """How a checkpoint says it is quantized on disk: nf4, fp4, int8, another method's name, or None if it is not."""
-    stored = getattr(config, "quantization_config", None)
+    stored = _stored(config)
     if stored is None:
         return None
-    stored = stored if isinstance(stored, dict) else stored.to_dict()
     if stored.get("load_in_8bit"):
         return "int8"
     if stored.get("load_in_4bit") or stored.get("quant_method") == FOUR_BIT_WITH_EXPERTS:
         return stored.get("bnb_4bit_quant_type", "fp4")
     return str(stored.get("quant_method", "unknown"))
+
+
+def stored_exceptions(config) -> dict:
+    """What a stored checkpoint has left out, as `sizes.parts` takes it; nothing for one that is not quantized yet."""
+    stored = _stored(config)
+    if stored is None:
+        return {}
+    return {
+        # bitsandbytes itself leaves experts alone that are fused into one parameter.
+        "fused": stored.get("quant_method") == FOUR_BIT_WITH_EXPERTS,
+        "skipped": stored.get("llm_int8_skip_modules"),
+    }
 
 
 def compute_in(model: nn.Module, dtype: torch.dtype) -> None:

@@ -43,6 +43,11 @@ def _key(quantization: str) -> str:
     return f"tessera-{digest.hexdigest()[:12]}-{quantization}"
 
 
+def place(quantization: str, cache_dir: Path | None) -> Path:
+    """The folder that `prepare` makes or has made."""
+    return Path(cache_dir or default_cache_dir()) / "bundled" / _key(quantization)
+
+
 def prepare(quantization: str, cache_dir: Path | None, progress: Progress) -> Path:
     """Folder of the bundled model in `quantization`; raises `DownloadError` or `LoadError`.
 
@@ -50,7 +55,7 @@ def prepare(quantization: str, cache_dir: Path | None, progress: Progress) -> Pa
     """
     progress = monotone(progress)
     cache = Path(cache_dir or default_cache_dir())
-    target = cache / "bundled" / _key(quantization)
+    target = place(quantization, cache)
     if target.exists():
         return target
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from bitsandbytes.functional import has_avx512bf16
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText
 
 from mllm_demo.errors import OutOfMemoryError
 from mllm_demo.models import memory, quantize
@@ -78,18 +78,10 @@ def test_a_forward_does_not_change_what_is_counted(checkpoint):
         assert (after.four_bit_bytes, after.parameters) == (before.four_bit_bytes, before.parameters)
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8", "none"])
-def test_the_estimate_before_loading_is_near_what_is_then_held(checkpoint, quantization):
-    config = AutoConfig.from_pretrained(checkpoint)
-    estimated = memory.estimate_bytes(config, quantization, torch.float32)
-    # Tiny layers carry code books of a fixed size, which the formula leaves out: 64 and 1024 bytes a layer.
-    assert estimated == pytest.approx(memory.measure(load(checkpoint, quantization)).memory_bytes, rel=0.12)
-
-
 def test_what_does_not_fit_is_refused_with_both_numbers():
-    memory.check_fits("Model", 10**9, CPU, free=2 * 10**9)
+    memory.check_fits("Model", 10**9, CPU, free=10**9)
     with pytest.raises(OutOfMemoryError, match=r"Model needs about 1\.2 GB on cpu, where 1\.1 GB is free; choose"):
-        memory.check_fits("Model", 10**9, CPU, free=11 * 10**8)
+        memory.check_fits("Model", 12 * 10**8, CPU, free=11 * 10**8)
 
 
 def test_free_memory_respects_the_container(tmp_path):
