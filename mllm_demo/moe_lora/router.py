@@ -130,7 +130,8 @@ class MoeLoraRouter(nn.Module):
     def decide(self, logits: torch.Tensor) -> RouterOutput:
         """The decision for logits [.., E]; an expert whose logit is -inf cannot be chosen while others can."""
         probs = torch.softmax(logits.to(self.softmax_dtype), dim=-1)
-        if self.num_experts_per_tok == 1:
+        # Half precision makes ties, which `topk` must break as it does for any k.
+        if self.num_experts_per_tok == 1 and self.softmax_dtype == torch.float32:
             weights, selected = probs.max(dim=-1, keepdim=True)
         else:
             weights, selected = probs.topk(self.num_experts_per_tok, dim=-1)

@@ -100,7 +100,9 @@ class RoutingState:
             mask = _region(mask, *embeds.shape[:-1])
         if mask is not None and mask.shape != embeds.shape[:-1]:
             raise ValueError(f"The prompt's mask must have shape {tuple(embeds.shape[:-1])}, got {tuple(mask.shape)}.")
-        dtype = embeds.dtype if all(config.adapter_dtype == "model" for config in configs) else torch.float32
+        # A weighted norm rounds as the decoder's own does, and so does what it is given.
+        native = all(config.router_norm == "rms_weighted" or config.adapter_dtype == "model" for config in configs)
+        dtype = embeds.dtype if native else torch.float32
         if self.input_ids is not None and any(config.decode_choice == "recomputed" for config in configs):
             raw = embedding(self.input_ids)
             self.token_mean = masked_mean(raw, mask, dtype)
