@@ -89,7 +89,9 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.envi
         progress.close()
     # Said before the answer, which may take minutes.
     if trace_file is not None and not engine.status().has_routing:
-        raise TraceError("This model has no routed adapter, so there is no trace to save; leave out --trace.")
+        unread = " and ".join(engine.status().unread_experts)
+        why = f"can be read here of {unread}" if unread else "is in this model"
+        raise TraceError(f"No router {why}, so there is no trace to save; leave out --trace.")
     finished = answer(engine, settings, Message("user", (*pictures, question)))
     print(f"{finished.new_tokens} tokens, {finished.tokens_per_s:.1f} tokens/s", file=sys.stderr)
     if trace_file is not None:

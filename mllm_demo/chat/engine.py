@@ -137,6 +137,7 @@ class ChatEngine:
 
 
 def _ready(loaded: LoadedModel) -> EngineStatus:
+    tap = RoutingTap(loaded.model)
     return EngineStatus(
         "ready",
         model=loaded.title,
@@ -147,6 +148,7 @@ def _ready(loaded: LoadedModel) -> EngineStatus:
         memory_bytes=loaded.memory_bytes,
         parameters=loaded.parameters,
         context_length=loaded.context_length,
-        has_routing=bool(RoutingTap(loaded.model).sites),
+        has_routing=bool(tap.sites),
+        unread_experts=tap.unread,
         remark=loaded.remark,
     )

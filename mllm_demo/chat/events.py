@@ -75,7 +75,8 @@ class EngineStatus:
     """What is loaded. `state`: "empty", "loading", "ready" or "failed" (then `error` says why).
 
     `four_bit_share`: weights held in 4 bit / all weights, counted from the tensors themselves;
-    `memory_bytes`: what the weights take on `device`; `remark`: what to know about how the model is run.
+    `memory_bytes`: what the weights take on `device`; `unread_experts`: names of the model's classes that hold
+    experts whose router this program cannot read; `remark`: what to know about how the model is run.
     """
 
     state: str
@@ -88,6 +89,7 @@ class EngineStatus:
     parameters: int = 0
     context_length: int = 0
     has_routing: bool = False
+    unread_experts: tuple[str, ...] = ()
     note: str = ""
     error: str = ""
     remark: str = ""

@@ -12,10 +12,18 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from mllm_demo.errors import CheckpointError
 
 
+class _NoVideo(ProcessorMixin):
+    """Takes the video part away from those processors that hand it on by name."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        kwargs.pop("video_processor", None)
+        super().__init__(*args, **kwargs)
+
+
 def _without_video(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
     """`processor_class` with no video part, for machines without torchvision, which only video needs."""
 
-    class PictureProcessor(processor_class):
+    class PictureProcessor(processor_class, _NoVideo):
         # SmolVLM asks it for the defaults of a video while rendering any chat.
         video_processor = SimpleNamespace(num_frames=None, fps=None)
 

@@ -205,7 +205,7 @@ class Callbacks:
     ) -> Outputs:  # fmt: skip
         status = self.engine.status()
         if event.trace is None:
-            view = empty_payload(words.NO_ROUTING)
+            view = empty_payload(words.no_routing(status))
         else:
             view = stream.update(event.trace, live=False, note=words.how_it_ended(event))
         self.sessions.keep_trace(key, event.trace)

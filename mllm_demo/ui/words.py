@@ -8,7 +8,7 @@ from mllm_demo.chat.grounding import Box
 PAGE_TITLE = "Which expert sees what? A 4-bit MoE-LoRA vision-language model"
 HEADLINE = "Which expert sees what?"
 SUBLINE = (
-    "Ask a 4-bit vision-language model about a picture and watch its LoRA experts share the work, "
+    "Ask a 4-bit vision-language model about a picture and watch its experts share the work, "
     "patch by patch and word by word."
 )
 
@@ -21,10 +21,6 @@ STOP = "Stop"
 NOT_ANSWERED = "⚠ Not answered"
 
 EMPTY_VIEW = "Ask about a picture, and the expert that every patch and every word went to is drawn here."
-NO_ROUTING = (
-    "This answer has no routing to show: the model has no mixture of LoRA experts. Load the bundled model, or "
-    "an adapter of type MoE-LoRA, under “Model”."
-)
 SAMPLE_NOTE = "ask, and your own answer takes its place"
 
 ANSWER_SETTINGS = "Answer settings"
@@ -48,6 +44,18 @@ NO_MODEL = "No model is loaded; choose one under “Model” and press “Load t
 STOPPED_WAITING = "Stopped before the model was ready; press retry to ask again."
 UNEXPECTED = "Something unexpected went wrong; the server's log says what. Press retry to ask again."
 NO_FILE = "The endpoint needs a picture; pass a file as `image`."
+
+
+def no_routing(status: EngineStatus) -> str:
+    if status.unread_experts:
+        return (
+            "This answer has no routing to show: the model has experts, but this program cannot read the routers of "
+            f"{' and '.join(status.unread_experts)} yet."
+        )
+    return (
+        "This answer has no routing to show: the model has no experts, neither its own nor LoRA experts. Load the "
+        "bundled model, a mixture-of-experts model, or an adapter of type MoE-LoRA, under “Model”."
+    )
 
 
 def waiting(event: Queued) -> str:

@@ -56,6 +56,12 @@ def test_every_state_without_a_model_says_what_to_do_or_wait_for(state):
     assert {"loading": "half way", "failed": "No network.", "empty": "Load this model"}[state] in line
 
 
+def test_an_answer_without_routing_says_whether_there_are_experts_at_all():
+    assert "no experts, neither its own nor LoRA experts" in words.no_routing(EngineStatus("ready"))
+    strange = EngineStatus("ready", unread_experts=("StrangeMoeBlock",))
+    assert "cannot read the routers of StrangeMoeBlock" in words.no_routing(strange)
+
+
 def test_what_others_wrote_is_escaped():
     hostile = "<script>alert(1)</script>"
     status = EngineStatus("ready", hostile, hostile, "cpu", "nf4", 0.5, 1, 1, remark=hostile)
