@@ -20,8 +20,11 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from mllm_demo.models.experts import IMPLEMENTATION, ExpertWeights4bit
+from mllm_demo.routing.families import router_modules
 
 METHOD = "bitsandbytes_4bit_experts"
+# Outputs that bitsandbytes' packed CPU kernel takes at a time.
+_CPU_BLOCK = 32
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 
 
@@ -103,6 +106,38 @@ def fused_weights(model: nn.Module, kept: list[str]) -> Iterator[tuple[str, Fuse
                 yield f"{path}.{name}" if path else name, FusedWeights(module, name, is_transposed)
 
 
+def kept_precise(model: PreTrainedModel) -> list[str]:
+    """Paths of linear layers that 4 bit would break or whose rounding is felt out of proportion to their size.
+
+    Routers, which decide rather than compute; layers of fewer outputs than a block of bitsandbytes' CPU kernel, such
+    as the gate of a shared expert; and layers that read pixels, since several classes cast pixels to the dtype of
+    that layer's weight, which in 4 bit is a byte.
+    """
+    # A class that declares a whole block as its router has experts in it, which are to be in 4 bit.
+    routers = {path for path, router in router_modules(model) if not any(map(is_experts, router.modules()))}
+    pixels = _pixels_of_a_patch(model.config)
+    kept = []
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            in_router = any(f"{path}.".startswith(f"{router}.") for router in routers)
+            if in_router or module.out_features % _CPU_BLOCK or module.in_features in pixels:
+                kept.append(path)
+    return kept
+
+
+def _pixels_of_a_patch(config) -> set[int]:
+    """How many numbers a patch of a picture or of a pair of video frames is, by the vision configuration."""
+    vision = getattr(config, "vision_config", None)
+    sides = getattr(vision, "patch_size", None)
+    if sides is None:
+        return set()
+    sides = (sides, sides) if isinstance(sides, int) else tuple(sides)
+    channels = next((n for name in ("in_channels", "num_channels") if (n := getattr(vision, name, None))), 3)
+    frames = getattr(vision, "temporal_patch_size", None) or 1
+    patch = channels * sides[-1] * sides[-2]
+    return {patch, patch * frames} if isinstance(frames, int) else {patch}
+
+
 def compute_in_four_bit(module: nn.Module) -> None:
     """Makes an experts module compute with `ExpertWeights4bit` in the place of its parameters."""
     if ours := _outside(module):
@@ -146,6 +181,11 @@ class ExpertsBnb4BitHfQuantizer(Bnb4BitHfQuantizer):
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize(self)
+
+    @staticmethod
+    def get_modules_to_not_convert(model: PreTrainedModel, *given, **more) -> list[str]:
+        found = Bnb4BitHfQuantizer.get_modules_to_not_convert(model, *given, **more)
+        return [*found, *(path for path in kept_precise(model) if path not in found)]
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, device_map=None, **given) -> None:
         super()._process_model_before_weight_loading(model, device_map, **given)

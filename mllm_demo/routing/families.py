@@ -14,12 +14,13 @@ from transformers.models.llama4.modeling_llama4 import Llama4Router
 
 from mllm_demo.routing.mixtures import READERS as MIXTURE_READERS
 from mllm_demo.routing.native import (
+    declared,
     declared_listeners,
     has_shared_expert,
     is_beside_the_sequence,
     native_site,
 )
-from mllm_demo.routing.readers import Listener, RouterReader, Routing, listeners, register
+from mllm_demo.routing.readers import Listener, RouterReader, Routing, has_reader, listeners, register
 from mllm_demo.routing.trace import Site
 
 
@@ -92,8 +93,12 @@ for _reader in (
     register(_reader)
 
 
+def router_modules(root: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(path, module) of every module that decides, known or only declared, in whatever part of `root`."""
+    own = [(path, module) for path, module in root.named_modules() if has_reader(module)]
+    return own + [(path, module) for path, module, _ in declared(root)]
+
+
 def all_listeners(root: nn.Module) -> list[Listener]:
     """The routers of `root` that have a registered reader, and all others that its classes declare."""
-    registered = listeners(root)
-    read = {listener.module for listener in registered}
-    return registered + [one for one in declared_listeners(root) if one.module not in read]
+    return [*listeners(root), *declared_listeners(root)]

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
 
-from mllm_demo.routing.readers import Listener, Routing
+from mllm_demo.routing.readers import Listener, Routing, has_reader
 from mllm_demo.routing.trace import Site
 
 # Attributes of a block's expert that every token passes, as transformers' classes call it.
@@ -95,10 +95,11 @@ def _matches(recorder: OutputRecorder, path: str, module: nn.Module) -> bool:
 
 
 def declared_listeners(root: nn.Module) -> Iterator[Listener]:
-    """Every declared router of `root` that serves positions of the sequence and answers as described above."""
+    """Every declared router of `root` without a reader of its own that serves positions of the sequence and answers
+    as described above."""
     known: dict[tuple, Contract | None] = {}
     for path, module, index in declared(root):
-        if is_beside_the_sequence(path, root):
+        if has_reader(module) or is_beside_the_sequence(path, root):
             continue
         shapes = tuple(tuple(parameter.shape) for parameter in module.parameters())
         kind = (type(module), index, getattr(module, "top_k", None), shapes)
@@ -229,8 +230,8 @@ def _unlike(weights: torch.Tensor, scores: torch.Tensor) -> float:
 def unread(root: nn.Module, listeners: Sequence[Listener]) -> tuple[str, ...]:
     """Names of the classes of `root` that hold experts of the sequence and whose router none of `listeners` hears.
 
-    Experts are modules with weights of three dimensions, one matrix per expert; a model whose configuration counts
-    experts although nothing at all is heard is named itself.
+    Experts are modules that transformers' decorator marks as such, or that have weights of three dimensions, one
+    matrix per expert; a model whose configuration counts experts although nothing at all is heard is named itself.
     """
     count = _count(root) if isinstance(root, PreTrainedModel) else 0
     if count < 2:
@@ -239,8 +240,9 @@ def unread(root: nn.Module, listeners: Sequence[Listener]) -> tuple[str, ...]:
     heard = [path for path, module in root.named_modules() if module in modules]
     names = []
     for path, module in root.named_modules():
-        own = [p for p in module.parameters(recurse=False) if p.dim() == 3 and p.shape[0] == count]
-        if not own or is_beside_the_sequence(path, root):
+        fused = any(p.dim() == 3 and p.shape[0] == count for p in module.parameters(recurse=False))
+        marked = hasattr(module, "is_transposed") and hasattr(module, "has_gate")
+        if not (fused or marked) or is_beside_the_sequence(path, root):
             continue
         block = path.rpartition(".")[0]
         if not any(f"{one}.".startswith(f"{block}.") or f"{path}.".startswith(f"{one}.") for one in heard):

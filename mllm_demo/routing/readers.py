@@ -74,6 +74,10 @@ def _reader(module: nn.Module) -> RouterReader | None:
     return None
 
 
+def has_reader(module: nn.Module) -> bool:
+    return _reader(module) is not None
+
+
 def register(reader: RouterReader) -> None:
     """From now on routers of `reader.module_type` are read by it; a later reader of the same class replaces it."""
     _reader.register(reader.module_type, lambda module: reader)

@@ -170,7 +170,7 @@ def test_an_adapter_of_another_model(start):
 
 @pytest.mark.parametrize(
     ("trace", "words"),
-    [("{nothing}/t.safetensors", "does not exist"), ("{here}", "is a folder"), ("{here}/t", "No router is in this model")],
+    [("{nothing}/t.safetensors", "does not exist"), ("{here}", "is a folder"), ("{here}/t", "No router is in this")],
 )
 def test_a_trace_that_cannot_be_saved_is_refused_before_the_answer(start, trace, words):
     flags = ("--model", "{model}", "--adapter", "{lora}", "--device", "cpu", "--trace", trace)

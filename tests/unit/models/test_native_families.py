@@ -1,4 +1,4 @@
-"""Mixture-of-experts models, from a checkpoint's files to a streamed answer whose routing is complete and really theirs.
+"""Mixture-of-experts models, from a checkpoint's files to a streamed answer whose routing is complete and theirs.
 
 The folders, chats and checks are those of `test_families`; no adapter is involved.
 """
@@ -68,7 +68,7 @@ def qwen3_5() -> Family:
     rope = {**MROPE, "mrope_interleaved": True, "partial_rotary_factor": 1.0}
     more = {"layer_types": ["linear_attention", "full_attention"], "shared_expert_intermediate_size": 64}
     more |= {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 16}
-    more |= {"linear_value_head_dim": 16, "head_dim": 32, "rope_parameters": rope, **MOE}
+    more |= {"linear_value_head_dim": 32, "head_dim": 32, "rope_parameters": rope, **MOE}
     return qwen(Qwen3_5MoeConfig, QWEN_VISION, "Qwen2VLImageProcessorFast", "Qwen3VLProcessor", video=True, **more)
 
 
@@ -80,9 +80,13 @@ def marked(images: str) -> str:
 def glm4v() -> Family:
     marks = ["<|im_start|>", "<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>"]
     words = tokenizer("<|im_end|>", [*marks, "<|image|>", "<|video|>"])
-    ids = dict(zip(("image_start", "image_end", "video_start", "video_end", "image", "video"), [
-        words.convert_tokens_to_ids(mark) for mark in [*marks[1:], "<|image|>", "<|video|>"]
-    ], strict=True))
+    ids = dict(
+        zip(
+            ("image_start", "image_end", "video_start", "video_end", "image", "video"),
+            [words.convert_tokens_to_ids(mark) for mark in [*marks[1:], "<|image|>", "<|video|>"]],
+            strict=True,
+        )
+    )
     grouped = {"n_routed_experts": EXPERTS, "num_experts_per_tok": 3, "moe_intermediate_size": 64, "n_group": 2}
     grouped |= {"topk_group": 1, "first_k_dense_replace": 1, "routed_scaling_factor": 2.5, "head_dim": 32}
     vision = {**QWEN_VISION, "image_size": 32, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
@@ -184,7 +188,11 @@ def gemma4() -> Family:
     words = tokenizer("<|im_end|>", ["<|im_start|>", *names.values(), "<|video|>"])
     words._set_model_specific_special_tokens(names)
     experts = {"num_experts": EXPERTS, "top_k_experts": 3, "moe_intermediate_size": 64, "enable_moe_block": True}
-    experts |= {"hidden_size_per_layer_input": 0, "head_dim": 32, "layer_types": ["sliding_attention", "full_attention"]}
+    experts |= {
+        "hidden_size_per_layer_input": 0,
+        "head_dim": 32,
+        "layer_types": ["sliding_attention", "full_attention"],
+    }
     vision = {**TOWER, "num_key_value_heads": 2, "head_dim": 32, "pooling_kernel_size": 2, "patch_size": 4}
     return Family(
         Gemma4Config(
