@@ -152,13 +152,19 @@ def cache_bytes(model: PreTrainedModel, tokens: int = CACHE_TOKENS) -> int:
         with torch.no_grad():
             model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, logits_to_keep=1)
     except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return 2 * tokens * config.num_hidden_layers * heads * width * model.dtype.itemsize
+        layers = getattr(config, "per_layer_config", None) or [config] * config.num_hidden_layers
+        values = sum(_key_width(layers[index]) for index in range(config.num_hidden_layers))
+        return 2 * tokens * values * model.dtype.itemsize
     finally:
         config._experts_implementation = before
     held = (tensor for layer in cache.layers for tensor in vars(layer).values() if isinstance(tensor, torch.Tensor))
     return sum(tensor.nbytes for tensor in held)
+
+
+def _key_width(layer) -> int:
+    """Numbers in the keys of one token, by the configuration of one layer."""
+    heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
+    return heads * (getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads)
 
 
 ALL_EXPERTS_FUNCTIONS.register(_SHAPES_ONLY, lambda module, hidden_states, *selection: torch.empty_like(hidden_states))
