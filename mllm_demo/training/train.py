@@ -47,7 +47,7 @@ def load_base(options: argparse.Namespace) -> LoadedModel:
     progress = TerminalProgress(sys.stderr)
     try:
         resolved = fetch(choice, options.cache_dir, progress)
-        resolved = replace(resolved, adapter_name=None, adapter_folder=None, adapter_revision=None)
+        resolved = replace(resolved, adapter_names=(), adapter_folders=(), adapter_revision=None)
         return load_resolved(resolved, progress)
     finally:
         progress.close()
