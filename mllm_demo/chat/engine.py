@@ -13,13 +13,14 @@ from pathlib import Path
 import torch
 
 from mllm_demo.chat.apart import Apart, GpuWrapper
-from mllm_demo.chat.events import EngineStatus, Event, Finished, LoadProgress, Preset, Queued
+from mllm_demo.chat.events import EngineStatus, Event, Finished, Footprint, LoadProgress, Preset, Queued
 from mllm_demo.chat.generation import generate
 from mllm_demo.chat.messages import Conversation
 from mllm_demo.chat.turns import TurnQueue
 from mllm_demo.chat.worker import in_worker
 from mllm_demo.errors import DemoError, GenerationError, LoadError
 from mllm_demo.models import catalog, loading
+from mllm_demo.models.footprint import foresee
 from mllm_demo.models.loading import LoadedModel
 from mllm_demo.routing.tap import RoutingTap
 from mllm_demo.settings import ModelChoice, Sampling, Settings
@@ -32,7 +33,7 @@ _log = logging.getLogger(__name__)
 class ChatEngine:
     """Implements `chat.events.Engine` for any number of threads.
 
-    `load`: what makes a model ready; `presets`: what the catalogue offers;
+    `load`: what makes a model ready; `presets`: what the catalogue offers; `foresee`: what a choice would take;
     `gpu_wrapper`: decorates the generator that needs the GPU, where it is lent for one call and in another
     process (`spaces.GPU`); see `chat.apart` for what that costs.
 
@@ -47,10 +48,12 @@ class ChatEngine:
         load: Load = loading.load,
         presets: Callable[[], Sequence[Preset]] = catalog.presets,
         gpu_wrapper: GpuWrapper | None = None,
+        foresee: Callable[[ModelChoice, Path | None], Footprint] = foresee,
     ) -> None:
         self._settings = settings
         self._load = load
         self._presets = presets
+        self._foresee = foresee
         self._gpu_wrapper = gpu_wrapper
         self._turns = TurnQueue(settings.queue_size)
         self._status = EngineStatus("empty")
@@ -62,6 +65,10 @@ class ChatEngine:
 
     def presets(self) -> Sequence[Preset]:
         return self._presets()
+
+    def footprint(self, choice: ModelChoice) -> Footprint:
+        """What `choice` would take, from its description; a loaded model counts as in the way until it is freed."""
+        return self._foresee(choice, self._settings.cache_dir)
 
     def load(self, choice: ModelChoice) -> Iterator[LoadProgress]:
         """Waits for running answers, frees the old model, loads `choice`, and yields progress meanwhile.

@@ -15,7 +15,17 @@ from pathlib import Path
 
 import gradio as gr
 
-from mllm_demo.chat.events import Engine, EngineStatus, Event, Finished, Queued, Started, TextDelta, TraceUpdate
+from mllm_demo.chat.events import (
+    Engine,
+    EngineStatus,
+    Event,
+    Finished,
+    Footprint,
+    Queued,
+    Started,
+    TextDelta,
+    TraceUpdate,
+)
 from mllm_demo.chat.grounding import draw_boxes, find_boxes
 from mllm_demo.chat.images import read_picture
 from mllm_demo.chat.messages import Conversation, pictures
@@ -260,6 +270,17 @@ class Callbacks:
 
     # Models
 
+    def foreseen(self, model: str, adapter: str, quantization: str) -> str:
+        """What the model now chosen would take, as HTML; a sentence where that cannot be known."""
+        try:
+            asked = {"model": model or "", "adapter": adapter.strip() or None, "quantization": quantization}
+            return footprint(self.engine.footprint(replace(self.settings.choice, **asked)))
+        except DemoError as error:
+            return f"<p>{html.escape(words.sentence(error))}</p>"
+        except Exception:
+            log.exception("a footprint could not be made")
+            return ""
+
     def load(self, model: str, adapter: str, quantization: str) -> Iterator[tuple[str, str, str]]:
         """Loads another model; yields progress, status line, notice."""
         try:
@@ -320,6 +341,20 @@ def progress(fraction: float, note: str) -> str:
         f'<div class="progress" role="status"><progress max="100" value="{percent}" aria-label="Loading the model">'
         f"</progress><div>{html.escape(note)} · {percent} %</div></div>"
     )
+
+
+def footprint(seen: Footprint) -> str:
+    """A table of a model's parts, what else is worth knowing, and whether it fits."""
+    head = "".join(f'<th scope="col">{html.escape(title)}</th>' for title in words.FOOTPRINT_COLUMNS)
+    rows = "".join(
+        f'<tr><th scope="row">{html.escape(name)}</th>{"".join(f"<td>{html.escape(cell)}</td>" for cell in cells)}</tr>'
+        for name, *cells in words.footprint_rows(seen)
+    )
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>" if rows else ""
+    said = " ".join(words.footprint_sentences(seen))
+    refused = "" if seen.fits else f"<p><strong>{html.escape(words.does_not_fit(seen))}</strong></p>"
+    inner = f"{table}<p>{html.escape(said)}</p>{refused}"
+    return f'<div class="footprint" role="status" aria-label="Footprint">{inner}</div>'
 
 
 def status_line(status: EngineStatus, finished: Finished | None = None) -> str:

@@ -39,7 +39,7 @@ def build_page(engine: Engine, settings: Settings, assets: Path = ASSETS) -> gr.
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=320, elem_id="left"):
                 chat, notice, ask = _chat(_examples(assets / "examples"))
-                sampling, model, load, progress = _settings_panels(engine, settings)
+                sampling, model, footprint, load, progress = _settings_panels(engine, settings)
             with gr.Column(scale=8, min_width=320, elem_id="right"):
                 with gr.Tabs():
                     with gr.Tab("Routing"):
@@ -69,6 +69,7 @@ def build_page(engine: Engine, settings: Settings, assets: Path = ASSETS) -> gr.
         opener.upload(do.open_trace, opener, [view, download, notice], **hidden).then(
             do.overview, None, plots, **hidden
         )
+        gr.on([field.change for field in model], do.foreseen, model, footprint, **hidden, trigger_mode="always_last")
         load.click(do.load, model, [progress, status, notice], **long)
         timer.tick(do.refreshed, None, [status, timer], queue=False, **hidden)
         page.load(do.opened, None, [view, status, timer, download], queue=False, **hidden)
@@ -127,7 +128,7 @@ def _chat(examples: list[dict]) -> tuple[gr.Chatbot, gr.HTML, gr.MultimodalTextb
     return chat, notice, ask
 
 
-def _settings_panels(engine: Engine, settings: Settings) -> tuple[list, list, gr.Button, gr.HTML]:
+def _settings_panels(engine: Engine, settings: Settings) -> tuple[list, list, gr.HTML, gr.Button, gr.HTML]:
     default, choice = settings.sampling, settings.choice
     with gr.Accordion(words.ANSWER_SETTINGS, open=False):
         sampling = [
@@ -151,10 +152,11 @@ def _settings_panels(engine: Engine, settings: Settings) -> tuple[list, list, gr
             gr.Textbox(choice.adapter_text or "", label=words.ADAPTER_LABEL, info=words.ADAPTER_INFO),
             gr.Radio(list(QUANTIZATIONS), value=choice.quantization, label=words.QUANTIZATION_LABEL),
         ]
+        footprint = gr.HTML("", elem_id="footprint")
         load = gr.Button(words.LOAD, variant="primary", size="md")
         progress = gr.HTML("", elem_id="progress")
         gr.Markdown(words.LOAD_SHARED)
-    return sampling, model, load, progress
+    return sampling, model, footprint, load, progress
 
 
 def _examples(folder: Path) -> list[dict]:

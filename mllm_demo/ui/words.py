@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from mllm_demo.chat.events import EngineStatus, Finished, Queued, Started
+from mllm_demo.chat.events import EngineStatus, Finished, Footprint, Queued, Started
 from mllm_demo.chat.grounding import Box
 
 PAGE_TITLE = "Which expert sees what? A 4-bit MoE-LoRA vision-language model"
@@ -115,3 +115,46 @@ def how_it_ended(finished: Finished) -> str:
         "stopped": "You stopped this answer.",
         "length": "The answer reached the length set under “Answer settings”.",
     }.get(finished.reason, "")
+
+
+FOOTPRINT_COLUMNS = ("", "weights", "in 16 bit", "as loaded", "in 4 bit")
+PARTS = {"embeddings": "embeddings and head", "rest": "everything else"}
+
+
+def footprint_rows(seen: Footprint) -> list[tuple[str, str, str, str, str]]:
+    """Cells of the table of a model's parts, one row each and one for all."""
+
+    def row(name: str, weights: int, in_16_bit: int, held: int, four_bit: float) -> tuple[str, str, str, str, str]:
+        return name, f"{weights / 1e6:,.0f} M", memory(in_16_bit), memory(held), f"{100 * four_bit:.0f} %"
+
+    rows = [
+        row(
+            PARTS.get(part.name, part.name),
+            part.weights,
+            part.bytes_in_16_bit,
+            part.bytes_held,
+            part.four_bit_weights / part.weights if part.weights else 0,
+        )
+        for part in seen.parts
+    ]
+    total = sum(part.weights for part in seen.parts)
+    return [*rows, row("all", total, seen.bytes_in_16_bit, seen.bytes_held, seen.four_bit_share)] if rows else []
+
+
+def footprint_sentences(seen: Footprint) -> list[str]:
+    """What the table does not say: KV cache, a picture's tokens, which card holds the model."""
+    said = []
+    if seen.cache_bytes:
+        said.append(f"Each 1,000 tokens of conversation take {memory(seen.cache_bytes)} more.")
+    if seen.image_tokens:
+        said.append("A picture of {} x {} takes {} tokens.".format(*seen.image_size, seen.image_tokens))
+    cards = ", ".join(f"{size}" for size in seen.cards_gb)
+    holds = f"Graphics cards of {cards} GB hold it." if cards else "No graphics card of up to 24 GB holds it."
+    return [*said, f"With room to work it needs {memory(seen.needs_bytes)}. {holds}"]
+
+
+def does_not_fit(seen: Footprint) -> str:
+    return (
+        f"It does not fit here: {memory(seen.free_bytes)} is free on the "
+        f"{'GPU' if seen.device.startswith('cuda') else 'CPU'}. Choose a smaller model or nf4."
+    )

@@ -15,6 +15,8 @@ from PIL import Image, ImageDraw
 from mllm_demo.chat.events import (
     EngineStatus,
     Finished,
+    Footprint,
+    FootprintPart,
     LoadProgress,
     Preset,
     Queued,
@@ -138,6 +140,10 @@ class FakeEngine:
             Preset("bundled", "Tessera 0.2B", 0.3, "Apache-2.0", "bundled"),
             Preset("smolvlm", "SmolVLM 256M", 0.6, "Apache-2.0", "Verified on a tiny model."),
         ]
+
+    def footprint(self, choice):
+        part = FootprintPart("experts", 10**9, 10**9, 2 * 10**9, 520 * 10**6, 5 * 10**8)
+        return Footprint(choice.model, choice.quantization, "cpu", (part,), 10**8, 14 * 10**8, 10**9, (640, 480), 81)
 
     def load(self, choice):
         if "missing" in choice.model:
