@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from transformers import (
+    Ernie4_5_VLMoeProcessor,
+    Glm4vProcessor,
     Idefics3Processor,
     LlavaProcessor,
     Qwen2_5_VLProcessor,
@@ -89,7 +91,7 @@ def declared_grid(processor, prompt: Prompt) -> list[Place]:
 
 
 def dynamic_grid(processor, prompt: Prompt) -> list[Place] | None:
-    """Qwen2-VL, 2.5, 3: the whole picture, resized with its proportions; a token is merge_size^2 patches."""
+    """Qwen2-VL to 3, GLM-4.5V, ERNIE-4.5-VL: the whole picture, resized; a token is merge_size^2 patches."""
     if "image_grid_thw" not in prompt.inputs:
         return None
     merge = processor.image_processor.merge_size
@@ -192,7 +194,10 @@ def tiles(processor, prompt: Prompt) -> list[Place] | None:
 
 
 FAMILIES = (
-    ((Qwen2VLProcessor, Qwen2_5_VLProcessor, Qwen3VLProcessor), dynamic_grid),
+    (
+        (Qwen2VLProcessor, Qwen2_5_VLProcessor, Qwen3VLProcessor, Glm4vProcessor, Ernie4_5_VLMoeProcessor),
+        dynamic_grid,
+    ),
     ((Idefics3Processor, SmolVLMProcessor), tiles),
     ((LlavaProcessor,), single_view),
 )

@@ -56,7 +56,8 @@ function createTokenView(root, view) {
     list.setAttribute("aria-label", `Probabilities in ${view.trace.layerName(s)}`);
     for (const [expert, prob] of listed) list.append(row(expert, prob, chosen.get(expert)));
     if (probs.length > listed.length) {
-      const rest = 1 - listed.reduce((sum, [, prob]) => sum + prob, 0);
+      const sum = (rows) => rows.reduce((total, [, prob]) => total + prob, 0);
+      const rest = sum(view.trace.probs(s, view.token).map((prob, expert) => [expert, prob])) - sum(listed);
       list.append(make("li", "rv-rest", `${probs.length - listed.length} other experts share ${Math.max(0, rest).toFixed(2)}`));
     }
     const percent = Math.round(100 * view.trace.entropy(s, view.token));
