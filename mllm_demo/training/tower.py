@@ -3,8 +3,10 @@
 The connector learns to answer with the language model's own input embedding of what each cell shows, and dense heads on
 its output, thrown away afterwards, make sure that the boxes, letters, values and colours are in there too.
 
-    python -m mllm_demo.training.tower --steps 1000
+    python -m mllm_demo.training.tower --steps 1250
     torchrun --nproc-per-node 2 -m mllm_demo.training.tower --threads 1
+    python -m mllm_demo.training.tower --init assets/training/tower.safetensors    # go on from what was taught before
+    python -m mllm_demo.training.tower --export                                    # writes that file
 
 Resumes from `runs/tower/last.pt`; uses a GPU when there is one. It knows nothing of questions or experts.
 """
@@ -19,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from mllm_demo.models.bundled.tower import imagenet_state_dict
 from mllm_demo.training import art
-from mllm_demo.training.base import build_model, imagenet_weights
+from mllm_demo.training.base import TAUGHT_FILE, build_model, imagenet_weights, read_taught, save_taught
 from mllm_demo.training.concepts import (
     CONCEPTS,
     LETTER_SLOTS,
@@ -147,6 +149,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/tower"))
     parser.add_argument("--art", type=Path, default=Path("runs/art"))
     parser.add_argument("--base", type=Path, default=Path("runs/base"))
+    parser.add_argument("--init", type=Path, help="start from this file of an earlier run, with a fresh optimizer")
+    parser.add_argument("--export", action="store_true", help=f"only write {TAUGHT_FILE.name} from the last checkpoint")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rank, world = join_processes()
@@ -167,8 +171,16 @@ def main() -> None:
     new = [*connector.parameters(), *heads.parameters(), *(p for n, p in tower.named_parameters() if n in set(missing))]
     optimizer = torch.optim.AdamW([{"params": new}, {"params": old}], lr=options.lr, weight_decay=0.02)
     rates = (options.lr, options.lr)
-    parts = {"tower": tower, "connector": connector, "heads": heads, "optimizer": optimizer}
+    taught = {"tower": tower, "connector": connector, "heads": heads}
+    if options.init:
+        for name, state in read_taught(options.init).items():
+            taught[name].load_state_dict(state)
+    parts = taught | {"optimizer": optimizer}
     run = Run(options.out, parts, options.steps, options.batch_size, rank)
+
+    if options.export:
+        save_taught(taught, TAUGHT_FILE)
+        return
 
     def see(pixels: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16):
