@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 from plotly import graph_objects as go
 
-from mllm_demo.figures.style import INK, LINE, few, styled
+from mllm_demo.figures.palette import MANY_EXPERTS
+from mllm_demo.figures.style import INK, LINE, TALLEST, few, styled
 from mllm_demo.routing.stats import load_by_modality
 from mllm_demo.routing.trace import RoutingTrace, Site
 
@@ -47,13 +48,14 @@ def modality_share_figure(trace: RoutingTrace, sites: Sequence[Site], label: str
             "outlinewidth": 0,
         },
         xgap=1,
-        ygap=1,
+        ygap=1 if experts <= MANY_EXPERTS else 0,
         hovertemplate=(
             "layer %{x}, %{y}: %{customdata[0]:.0f} % of the image, %{customdata[1]:.0f} % of the text"
             "<br>within it %{customdata[2]:.0f} % image<extra></extra>"
         ),
     )
-    figure = styled(go.Figure(heat), title=f"Picture or text? · {label}", subtitle=SUBTITLE, height=178 + 44 * experts)
+    height = 178 + min(44 * experts, TALLEST)
+    figure = styled(go.Figure(heat), title=f"Picture or text? · {label}", subtitle=SUBTITLE, height=height)
     figure.update_xaxes(title="layer", showgrid=False, tickvals=few([site.layer_idx for site in sites]))
     figure.update_yaxes(autorange="reversed", showgrid=False)
     views = (("between", between, -most, most, SUBTITLE), ("within", within, 0, 100, SUBTITLE_WITHIN))

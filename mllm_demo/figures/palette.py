@@ -11,6 +11,9 @@ OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "
 # Seven stops of cividis (Nunez, Anderton & Renslow, 2018), dark = low entropy, light = high.
 CIVIDIS = ("#00224E", "#2A3F6D", "#575C6D", "#7D7C78", "#A59C74", "#D2C060", "#FEE838")
 
+# From more experts than this on, colours look alike and a row for each of them is too long to read.
+MANY_EXPERTS = 16
+
 _GOLDEN_ANGLE = 137.508 / 360
 _LIGHTNESS = (0.42, 0.62, 0.52, 0.74)
 

@@ -10,8 +10,8 @@ import numpy as np
 from plotly import graph_objects as go
 from plotly.colors import sample_colorscale
 
-from mllm_demo.figures.palette import expert_colors
-from mllm_demo.figures.style import few, styled
+from mllm_demo.figures.palette import MANY_EXPERTS, expert_colors
+from mllm_demo.figures.style import TALLEST, few, styled
 from mllm_demo.routing.stats import Pathways, token_pathways
 from mllm_demo.routing.trace import RoutingTrace, Site
 
@@ -49,10 +49,11 @@ def pathways_figure(trace: RoutingTrace, sites: Sequence[Site], label: str) -> g
             f"{tokens} tokens, {len(ways.counts)} ways, at most {ways.counts[0]} alike · "
             f"<span style='color:{TEXT}'>text</span> <span style='color:{IMAGE}'>image</span>"
         ),
-        height=136 + 62 * ways.nodes.shape[1],
+        height=136 + min(62 * ways.nodes.shape[1], TALLEST),
     )
     experts = ways.nodes.shape[1]
     ticks = few(range(len(sites)))
+    rows = list(range(experts)) if experts <= MANY_EXPERTS else few(range(experts))
     figure.update_xaxes(
         title="layer",
         tickvals=ticks,
@@ -61,8 +62,8 @@ def pathways_figure(trace: RoutingTrace, sites: Sequence[Site], label: str) -> g
         showgrid=False,
     )
     figure.update_yaxes(
-        tickvals=list(range(experts)),
-        ticktext=[f"expert {expert}" for expert in range(experts)],
+        tickvals=rows,
+        ticktext=[f"expert {expert}" for expert in rows],
         range=[experts - 0.5, -0.5],
         showgrid=False,
     )
@@ -120,8 +121,10 @@ def _wrapped(path: np.ndarray) -> str:
 
 
 def _experts(ways: Pathways, sites: Sequence[Site], tokens: int) -> go.Scatter:
-    """A dot for each expert of each layer, as large as its share of the tokens."""
+    """A dot for each expert of each layer, as large as its share of the tokens; of many, for those that have one."""
     there = np.array([[expert < site.num_experts for expert in range(ways.nodes.shape[1])] for site in sites])
+    if ways.nodes.shape[1] > MANY_EXPERTS:
+        there &= ways.nodes > 0
     layer, expert = np.nonzero(there)
     share = ways.nodes[layer, expert] / tokens
     colors = np.array(expert_colors(ways.nodes.shape[1]))

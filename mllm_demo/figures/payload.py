@@ -1,7 +1,8 @@
 """A routing trace as the compact JSON value that the page's routing view draws from, whole or growing.
 
 It knows nothing of Gradio or of how the view draws. Positions travel in `parts`; while an answer streams,
-parts are only ever appended, so that each update sends what is new.
+parts are only ever appended, so that each update sends what is new. Of a router with many experts, only the
+experts that were selected and the strongest of the others are named; of the rest goes the sum.
 """
 
 import base64
@@ -12,13 +13,15 @@ import numpy as np
 
 from mllm_demo.chat.images import read_picture
 from mllm_demo.errors import ImageError
-from mllm_demo.figures.palette import CIVIDIS, expert_colors
+from mllm_demo.figures.palette import CIVIDIS, MANY_EXPERTS, expert_colors
 from mllm_demo.routing.stats import site_groups
 from mllm_demo.routing.trace import RoutingTrace, Site, Token, TraceImage
 
 DISPLAY_PIXELS = 640
+NEXT_BEST = 4
 MAX_SOURCE_PIXELS = 100_000_000
 MAX_SOURCE_BYTES = 1 << 28
+COLUMNS = ("probs", "selected", "weights", "rest")
 _CODES = {"image": "i", "text": "t", "special": "s", "system": "y", "user": "u", "assistant": "a"}
 
 
@@ -56,8 +59,7 @@ class PayloadStream:
     @property
     def num_bytes(self) -> int:
         """About what the payload weighs, pictures left out; a heavy one should not be sent often."""
-        columns = ("probs", "selected", "weights")
-        return sum(len(text) for part in self._parts for column in columns for text in part[column])
+        return sum(len(text) for part in self._parts for column in COLUMNS for text in part[column])
 
     def _restart(self) -> None:
         self._key = secrets.token_hex(6)
@@ -110,6 +112,12 @@ def empty_payload(message: str) -> dict:
     return {"empty": message}
 
 
+def num_listed(site: Site) -> int:
+    """How many experts of one choice travel by name: all where they are few, else the selected and `NEXT_BEST`."""
+    few = site.num_experts <= MANY_EXPERTS
+    return site.num_experts if few else min(site.num_experts, site.num_experts_per_tok + NEXT_BEST)
+
+
 def _site(site: Site) -> dict:
     return {
         "name": site.name,
@@ -117,29 +125,40 @@ def _site(site: Site) -> dict:
         "block": site.block,
         "experts": site.num_experts,
         "k": site.num_experts_per_tok,
+        "listed": num_listed(site),
         "granularity": site.granularity,
         "shared": site.has_shared_expert,
     }
 
 
 def _part(trace: RoutingTrace, start: int) -> dict:
-    """Positions `start`.. as columns; per site base64 of uint16 probs (65535 is one) and selected, float32 weights."""
+    """Positions `start`.. as columns, each of them base64 per site.
+
+    `probs`: uint16 (65535 is one) of the listed experts, by number where all of them are listed. `selected`: uint16.
+    `weights`: float32. Where some are not listed, `selected` goes on with the numbers of the next best, `probs` is in
+    its order, and `rest` holds float32 pairs: the sum of the others, and the entropy of all as a share of the highest.
+    """
     tokens = trace.tokens[start:]
     places = [
         [offset, token.image_index, *(round(float(edge), 1) for edge in token.box or ())]
         for offset, token in enumerate(tokens)
         if token.image_index is not None
     ]
-    columns: dict[str, list[str]] = {"probs": [], "selected": [], "weights": []}
+    columns: dict[str, list[str]] = {name: [] for name in COLUMNS}
     # A choice for a whole sequence is one row for the prompt and one for the answer, which may have got its own.
     answer = next((position for position, token in enumerate(trace.tokens) if token.phase == "decode"), 0)
     whole = [position for position in sorted({0, answer}) if position >= start]
     for site in trace.sites:
         rows = whole if site.granularity == "sequence" else slice(start, len(trace.tokens))
         probs = np.asarray(trace.router_probs[site.name][rows], np.float32)
+        selected = np.asarray(trace.selected_experts[site.name][rows])
+        rest = np.empty((0, 2), np.float32)
+        if num_listed(site) < site.num_experts:
+            probs, selected, rest = _named(probs, selected, num_listed(site))
         columns["probs"].append(_b64(np.rint(np.clip(probs, 0, 1) * 65535).astype("<u2")))
-        columns["selected"].append(_b64(np.asarray(trace.selected_experts[site.name][rows]).astype("<u2")))
+        columns["selected"].append(_b64(selected.astype("<u2")))
         columns["weights"].append(_b64(np.asarray(trace.routing_weights[site.name][rows]).astype("<f4")))
+        columns["rest"].append(_b64(rest.astype("<f4")))
     return {
         "text": [token.text for token in tokens],
         "modality": "".join(_CODES[token.modality] for token in tokens),
@@ -148,6 +167,24 @@ def _part(trace: RoutingTrace, start: int) -> dict:
         "places": places,
         **columns,
     }
+
+
+def _named(probs: np.ndarray, selected: np.ndarray, listed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """From `probs` [tokens, experts] and `selected` [tokens, k]: probs and numbers of the listed, and the rest.
+
+    Returns `[tokens, listed]` probs and expert numbers, the selected first in their order, then by probability,
+    and `[tokens, 2]` with the sum of the unlisted and the normalised entropy of all.
+    """
+    others = probs.copy()
+    np.put_along_axis(others, selected.astype(np.int64), -1, axis=1)
+    best = np.argsort(-others, axis=1, kind="stable")[:, : listed - selected.shape[1]]
+    numbers = np.concatenate((selected, best), axis=1)
+    named = np.take_along_axis(probs, numbers.astype(np.int64), axis=1)
+    total = probs.sum(axis=1)
+    share = probs / np.maximum(total, np.finfo(np.float32).tiny)[:, None]
+    nats = -(share * np.log(np.where(share > 0, share, 1))).sum(axis=1)
+    rest = np.stack((np.maximum(0, total - named.sum(axis=1)), nats / np.log(probs.shape[1])), axis=1)
+    return named, numbers, rest
 
 
 def _b64(array: np.ndarray) -> str:

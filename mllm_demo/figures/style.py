@@ -10,6 +10,8 @@ from plotly import graph_objects as go
 INK = "#7d828c"
 LINE = "rgba(125, 130, 140, 0.25)"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
+# Pixels of a plot with a row for each expert, however many there are.
+TALLEST = 560
 
 
 def styled(figure: go.Figure, *, title: str, subtitle: str, height: int) -> go.Figure:

@@ -24,7 +24,7 @@ class Trace {
     this.starts = [];
     this.tokens = [];
     this.sites = payload.sites;
-    this.columns = payload.sites.map(() => ({ probs: [], selected: [], weights: [] }));
+    this.columns = payload.sites.map(() => ({ probs: [], selected: [], weights: [], rest: [] }));
     this.read(payload);
   }
 
@@ -44,7 +44,9 @@ class Trace {
       probs: joinArrays(Uint16Array, column.probs),
       selected: joinArrays(Uint16Array, column.selected),
       weights: joinArrays(Float32Array, column.weights),
+      rest: joinArrays(Float32Array, column.rest),
     }));
+    this.strong = this.sites.map((site, s) => (this.many(s) ? this.strongWeight(s) : 1));
     return from;
   }
 
@@ -65,40 +67,83 @@ class Trace {
       column.probs.push(new Uint16Array(decodeBytes(part.probs[s])));
       column.selected.push(new Uint16Array(decodeBytes(part.selected[s])));
       column.weights.push(new Float32Array(decodeBytes(part.weights[s])));
+      column.rest.push(new Float32Array(decodeBytes(part.rest[s])));
     });
   }
 
   // Row of `token` in the arrays of site `s`: a sequence-level choice has one row for the prompt, one for the answer.
   row(s, token) {
     if (this.sites[s].granularity !== "sequence") return token;
-    return this.tokens[token].decoded ? this.arrays[s].probs.length / this.sites[s].experts - 1 : 0;
+    return this.tokens[token].decoded ? this.arrays[s].probs.length / this.sites[s].listed - 1 : 0;
   }
 
   // Whether site `s` chose once for the prompt and again, differently, for the answer.
   choseTwice(s) {
     if (this.sites[s].granularity !== "sequence" || this.answerAt < 0) return false;
-    const [prompt, answer] = [this.probs(s, 0), this.probs(s, this.answerAt)];
-    return prompt.some((prob, expert) => prob !== answer[expert]);
+    const [prompt, answer] = [this.shares(s, 0), this.shares(s, this.answerAt)];
+    return prompt.some(([expert, prob], i) => expert !== answer[i][0] || prob !== answer[i][1]);
   }
+
+  // Whether some of the experts are not named one by one.
+  many(s) { return this.sites[s].listed < this.sites[s].experts; }
+
+  // How many numbers of experts one choice takes: the selected, and in a large router the next best.
+  stride(s) { return this.many(s) ? this.sites[s].listed : this.sites[s].k; }
 
   // The selected experts with their weights, strongest first.
   chosen(s, token) {
     const { k } = this.sites[s];
-    const at = this.row(s, token) * k;
+    const row = this.row(s, token);
+    const [at, from] = [row * this.stride(s), row * k];
     const found = [];
-    for (let i = at; i < at + k; i++) found.push([this.arrays[s].selected[i], this.arrays[s].weights[i]]);
+    for (let i = 0; i < k; i++) found.push([this.arrays[s].selected[at + i], this.arrays[s].weights[from + i]]);
     return found.sort((a, b) => b[1] - a[1]);
   }
 
-  probs(s, token) {
-    const { experts } = this.sites[s];
-    const at = this.row(s, token) * experts;
-    return Array.from(this.arrays[s].probs.subarray(at, at + experts), (value) => value / 65535);
+  // The first of `chosen`, without sorting: a map asks for it tens of thousands of times.
+  strongest(s, token) {
+    const { k } = this.sites[s];
+    const { weights, selected } = this.arrays[s];
+    const row = this.row(s, token);
+    let best = 0;
+    for (let i = 1; i < k; i++) if (weights[row * k + i] > weights[row * k + best]) best = i;
+    return [selected[row * this.stride(s) + best], weights[row * k + best]];
+  }
+
+  // The weight that one choice in ten gives its strongest expert, or a larger one: a scale that no outlier sets.
+  strongWeight(s) {
+    const { k } = this.sites[s];
+    const { weights } = this.arrays[s];
+    const tops = new Float32Array(weights.length / k);
+    for (let at = 0; at < weights.length; at++) tops[Math.floor(at / k)] = Math.max(tops[Math.floor(at / k)], weights[at]);
+    return tops.sort()[Math.floor(0.9 * tops.length)] || 1;
+  }
+
+  // Pairs of expert and probability by number: all experts of a small router, the strongest of a large one.
+  shares(s, token) {
+    const { listed } = this.sites[s];
+    const at = this.row(s, token) * listed;
+    const { probs, selected } = this.arrays[s];
+    const pairs = Array.from(probs.subarray(at, at + listed), (prob, i) => [this.many(s) ? selected[at + i] : i, prob / 65535]);
+    return pairs.sort((a, b) => a[0] - b[0]);
+  }
+
+  // What the experts that `shares` leaves out sum to.
+  rest(s, token) { return this.many(s) ? this.arrays[s].rest[2 * this.row(s, token)] : 0; }
+
+  // Experts of site `s` with how many tokens chose them, the most used first.
+  used(s) {
+    const counts = new Array(this.sites[s].experts).fill(0);
+    const { selected } = this.arrays[s];
+    for (let at = 0; at < selected.length; at += this.stride(s))
+      for (let i = 0; i < this.sites[s].k; i++) counts[selected[at + i]]++;
+    return counts.map((count, expert) => [expert, count]).sort((a, b) => b[1] - a[1]);
   }
 
   // 0 (sure) to 1 (all experts alike).
   entropy(s, token) {
-    const probs = this.probs(s, token);
+    if (this.many(s)) return Math.max(0, Math.min(1, this.arrays[s].rest[2 * this.row(s, token) + 1]));
+    const probs = this.shares(s, token).map(([, prob]) => prob);
     const total = probs.reduce((sum, p) => sum + p, 0) || 1;
     const nats = probs.reduce((sum, p) => (p > 0 ? sum - (p / total) * Math.log(p / total) : sum), 0);
     return probs.length > 1 ? Math.max(0, Math.min(1, nats / Math.log(probs.length))) : 0;

@@ -146,18 +146,21 @@ function createLayersView(root, view) {
     p.fillText(width > 120 ? "probability of each expert" : "probability", 1, 9);
     p.globalAlpha = 1;
     view.sites().forEach((s, y) => {
-      const probs = view.trace.probs(s, view.token);
-      const total = probs.reduce((sum, value) => sum + value, 0) || 1;
+      const shares = view.trace.shares(s, view.token);
+      const total = shares.reduce((sum, [, value]) => sum + value, view.trace.rest(s, view.token)) || 1;
       const picked = view.trace.chosen(s, view.token).map(([expert]) => expert);
       const top = MAP_HEAD + y * size.row;
       let x = 0;
-      probs.forEach((value, expert) => {
+      shares.forEach(([expert, value]) => {
         const wide = (value / total) * width;
         p.fillStyle = view.color(expert);
         p.globalAlpha = picked.includes(expert) ? 1 : 0.42;
         p.fillRect(x, top + 0.5, wide, size.row - 1);
         x += wide;
       });
+      p.fillStyle = view.ink();
+      p.globalAlpha = 0.12;
+      if (x < width - 0.5) p.fillRect(x, top + 0.5, width - x, size.row - 1);
       p.globalAlpha = 1;
       if (y === view.layer) {
         p.lineWidth = 1.75;

@@ -1,5 +1,8 @@
 // Joins the views: one selection (token, layer, router) drives them all. `element`, `props` and `watch` come from Gradio.
 
+const LEGEND_EXPERTS = 8;
+const TIP_EXPERTS = 4;
+
 function createRoutingView(element, props, watch) {
   const root = element.querySelector(".rv");
   const find = (selector) => root.querySelector(selector);
@@ -27,8 +30,8 @@ function createRoutingView(element, props, watch) {
     // The colour of `token` at site `s` and how strongly it shows, 0 to 1.
     shade(token, s = view.siteIndex()) {
       if (view.mode === "entropy") return [scaleColor(view.trace.scale, view.trace.entropy(s, token)), 1];
-      const [expert, weight] = view.trace.chosen(s, token)[0];
-      return [rgb[expert], 0.18 + 0.82 * Math.max(0, Math.min(1, weight))];
+      const [expert, weight] = view.trace.strongest(s, token);
+      return [rgb[expert], 0.18 + 0.82 * Math.max(0, Math.min(1, weight / view.trace.strong[s]))];
     },
     blend(token, strength, s) {
       const [color, alpha] = view.shade(token, s);
@@ -46,7 +49,7 @@ function createRoutingView(element, props, watch) {
       controls();
       views.forEach((one) => one.select());
     },
-    describe(token, s) {
+    describe(token, s, most = Infinity) {
       const { block, granularity } = view.trace.sites[s];
       const { text, modality, image, index } = view.trace.tokens[token];
       const patch = view.trace.images.length > 1 ? `patch of image ${image + 1}` : "patch";
@@ -55,13 +58,14 @@ function createRoutingView(element, props, watch) {
       const whole = view.trace.choseTwice(s) ? half : "whole conversation";
       const who = granularity === "sequence" ? whole : `token ${index} ${name}`;
       const experts = view.trace.chosen(s, token).map(([expert, weight]) => `expert ${expert} (weight ${weight.toFixed(2)})`);
+      if (experts.length > most) experts.splice(most - 1, Infinity, `${experts.length - most + 1} more`);
       const label = view.trace.kinds.find((kind) => kind.sites.includes(s)).label;
       return [who, view.trace.layerName(s), label || block, experts.join(" + ")].join(" · ");
     },
     tip(event, token, s) {
       parts.tip.hidden = !event;
       if (!event) return;
-      parts.tip.textContent = view.describe(token, s);
+      parts.tip.textContent = view.describe(token, s, TIP_EXPERTS);
       const box = parts.body.getBoundingClientRect();
       const x = Math.min(event.clientX - box.left + 12, box.width - parts.tip.offsetWidth - 4);
       parts.tip.style.left = `${Math.max(0, x)}px`;
@@ -148,9 +152,15 @@ function createRoutingView(element, props, watch) {
     const list = find(".rv-legend-experts");
     const count = Math.max(...view.sites().map((s) => view.trace.sites[s].experts));
     list.hidden = list.previousElementSibling.hidden = entropy;
-    if (list.childElementCount !== count || list.dataset.key !== view.trace.key) {
-      list.dataset.key = view.trace.key;
-      list.replaceChildren(...Array.from({ length: count }, (_, expert) => {
+    const s = view.siteIndex();
+    const many = view.trace.many(s);
+    const key = many ? [view.trace.key, s, view.trace.tokens.length].join() : [view.trace.key, count].join();
+    find(".rv-legend > .rv-label").textContent = many ? "Most used here" : "Experts";
+    if (list.dataset.key !== key) {
+      list.dataset.key = key;
+      const shown = many ? view.trace.used(s).slice(0, LEGEND_EXPERTS).map(([expert]) => expert)
+        : Array.from({ length: count }, (_, expert) => expert);
+      list.replaceChildren(...shown.map((expert) => {
         const item = make("li");
         const swatch = make("span", "rv-swatch");
         swatch.style.backgroundColor = view.color(expert);
@@ -158,6 +168,7 @@ function createRoutingView(element, props, watch) {
         item.append(swatch, make("span", "", String(expert)));
         return item;
       }));
+      if (many) list.append(make("li", "rv-label", `+${view.trace.sites[s].experts - shown.length} more`));
     }
     const scale = find(".rv-legend-scale");
     scale.hidden = !entropy;
@@ -171,7 +182,9 @@ function createRoutingView(element, props, watch) {
     }
     const said = entropy
       ? "Entropy of the router's probabilities before the choice."
-      : "Stronger colour: larger routing weight. A colour names an expert's number within its layer: "
+      : (many ? `Colour of the strongest of ${view.site().k} chosen experts, full from a weight of `
+          + `${view.trace.strong[s].toFixed(2)} on, which one token in ten reaches in this layer. Among ${view.site().experts} `
+          + "experts several colours look alike: the numbers tell them apart. " : "Stronger colour: larger routing weight. ") + "A colour names an expert's number within its layer: "
         + "expert 2 of one layer and expert 2 of another are different experts.";
     const shared = " Every token also passes through a shared expert, which no router chooses.";
     find(".rv-legend-text").textContent = said + (view.site().shared ? shared : "");

@@ -31,13 +31,13 @@ function createTokenView(root, view) {
     return crop;
   }
 
-  function row(expert, prob, weight) {
+  function row(expert, prob, weight, full) {
     const item = make("li", weight === undefined ? "rv-row" : "rv-row rv-row-on");
     const swatch = make("span", "rv-swatch");
     swatch.style.backgroundColor = view.color(expert);
     const bar = make("span", "rv-bar");
     const fill = make("span");
-    fill.style.width = `${100 * prob}%`;
+    fill.style.width = `${(100 * prob) / full}%`;
     fill.style.backgroundColor = view.color(expert);
     bar.append(fill);
     item.append(swatch, make("span", "rv-row-name", `expert ${expert}`), bar, make("span", "rv-row-prob", prob.toFixed(2)));
@@ -49,16 +49,20 @@ function createTokenView(root, view) {
     const s = view.siteIndex();
     const token = view.trace.tokens[view.token];
     const chosen = new Map(view.trace.chosen(s, view.token));
-    const probs = view.trace.probs(s, view.token).map((prob, expert) => [expert, prob]);
-    const listed = probs.length <= LISTED_EXPERTS ? probs
-      : probs.sort((a, b) => chosen.has(b[0]) - chosen.has(a[0]) || b[1] - a[1]).slice(0, LISTED_EXPERTS);
+    const { experts } = view.trace.sites[s];
+    const shares = view.trace.shares(s, view.token);
+    const listed = experts <= LISTED_EXPERTS ? shares
+      : shares.sort((a, b) => chosen.has(b[0]) - chosen.has(a[0]) || b[1] - a[1])
+        .slice(0, view.trace.many(s) ? shares.length : LISTED_EXPERTS);
+    // Bars of a large router would be hairs if a full one meant certainty.
+    const full = view.trace.many(s) ? Math.max(...listed.map(([, prob]) => prob)) || 1 : 1;
     const list = make("ul", "rv-rows");
     list.setAttribute("aria-label", `Probabilities in ${view.trace.layerName(s)}`);
-    for (const [expert, prob] of listed) list.append(row(expert, prob, chosen.get(expert)));
-    if (probs.length > listed.length) {
+    for (const [expert, prob] of listed) list.append(row(expert, prob, chosen.get(expert), full));
+    if (experts > listed.length) {
       const sum = (rows) => rows.reduce((total, [, prob]) => total + prob, 0);
-      const rest = sum(view.trace.probs(s, view.token).map((prob, expert) => [expert, prob])) - sum(listed);
-      list.append(make("li", "rv-rest", `${probs.length - listed.length} other experts share ${Math.max(0, rest).toFixed(2)}`));
+      const rest = sum(view.trace.shares(s, view.token)) - sum(listed) + view.trace.rest(s, view.token);
+      list.append(make("li", "rv-rest", `${experts - listed.length} other experts share ${Math.max(0, rest).toFixed(2)}`));
     }
     const percent = Math.round(100 * view.trace.entropy(s, view.token));
     const sure = make("p", "rv-token-about", `entropy: ${percent} % of the most it could be`);

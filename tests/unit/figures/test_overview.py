@@ -8,7 +8,9 @@ import pytest
 from mllm_demo.figures.expert_load import expert_load_figure
 from mllm_demo.figures.modality_share import modality_share_figure
 from mllm_demo.figures.pathways import pathways_figure
+from mllm_demo.routing.stats import load_table
 from mllm_demo.routing.trace import RoutingTrace, Site, Token, TraceImage
+from tests.large_trace import large_trace
 
 
 @pytest.fixture
@@ -79,3 +81,18 @@ def test_layers_between_the_routers_are_not_named(trace):
     for draw in (expert_load_figure, modality_share_figure):
         assert draw(trace, sparse, "mlp").layout.xaxis.tickvals == (0, 4)
     assert pathways_figure(trace, sparse, "mlp").layout.xaxis.ticktext == ("0", "4")
+
+
+@pytest.mark.parametrize("draw", [expert_load_figure, modality_share_figure, pathways_figure])
+def test_many_experts_neither_grow_a_figure_nor_fill_it_with_names(draw):
+    trace = large_trace(experts=128, layers=4, grid=4, words=40)
+    figure = draw(trace, trace.sites, "mlp")
+    assert figure.layout.height < 800
+    assert sum(one.showlegend is not False for one in figure.data if one.name) == 0
+    assert len(figure.layout.yaxis.tickvals or ()) < 16
+
+
+def test_the_load_of_many_experts_is_a_map_of_the_same_shares():
+    trace = large_trace(experts=128, layers=4, grid=4, words=40)
+    (heat,) = expert_load_figure(trace, trace.sites, "mlp").data
+    np.testing.assert_allclose(np.asarray(heat.z, float), 100 * load_table(trace, trace.sites).T)

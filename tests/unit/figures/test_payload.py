@@ -6,8 +6,9 @@ import json
 import numpy as np
 import pytest
 
-from mllm_demo.figures.payload import PayloadStream, empty_payload, router_kinds
+from mllm_demo.figures.payload import NEXT_BEST, PayloadStream, empty_payload, router_kinds
 from mllm_demo.routing.trace import RoutingTrace, Site, Token, TraceImage
+from tests.large_trace import large_trace
 
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -144,3 +145,33 @@ def test_routers_of_one_job_are_offered_once_with_their_layers_in_order(names, l
 
 def test_no_routing_is_a_sentence():
     assert empty_payload("why") == {"empty": "why"}
+
+
+def test_of_many_experts_the_chosen_and_the_next_best_are_named_and_the_rest_is_summed():
+    trace = make_trace([" a", " b"], experts=128, k=8)
+    payload = json.loads(json.dumps(PayloadStream().update(trace, live=False)))
+    for index, site in enumerate(trace.sites):
+        listed = payload["sites"][index]["listed"]
+        assert listed == 8 + NEXT_BEST
+        probs = trace.router_probs[site.name].astype(np.float32)
+        numbers = decoded(payload, index, "selected", "<u2", listed)
+        named = decoded(payload, index, "probs", "<u2", listed) / 65535
+        rest, entropy = decoded(payload, index, "rest", "<f4", 2).T
+        np.testing.assert_array_equal(numbers[:, :8], trace.selected_experts[site.name])
+        assert all(len(set(row)) == listed for row in numbers.tolist())
+        np.testing.assert_allclose(named, np.take_along_axis(probs, numbers.astype(int), 1), atol=1e-5)
+        for row, chosen in zip(probs, numbers, strict=True):
+            assert row[chosen[8:]].min() >= np.delete(row, chosen).max(), "a stronger one was left out"
+        np.testing.assert_allclose(named.sum(1) + rest, probs.sum(1), atol=1e-4)
+        share = probs / probs.sum(1, keepdims=True)
+        nats = -np.where(share > 0, share * np.log(np.maximum(share, 1e-12)), 0).sum(1)
+        np.testing.assert_allclose(entropy, nats / np.log(128), atol=1e-4)
+
+
+def test_a_thousand_tokens_of_a_large_mixture_weigh_less_than_six_megabytes():
+    trace = large_trace(experts=128, k=8, layers=48)
+    stream = PayloadStream("file")
+    weight = len(json.dumps(stream.update(trace, live=False)))
+    assert len(trace.tokens) > 1000
+    assert weight < 6e6
+    assert stream.num_bytes < weight
