@@ -56,7 +56,10 @@ def decoded_tokens(processor, ids: Sequence[int]) -> tuple[Token, ...]:
 
 def image_token_id(processor, config) -> int | None:
     """The id that stands for one piece of a picture, as processor or config declare it, or None."""
+    # Llama 4 calls the mark in front of the whole picture its image token; patches have their own.
+    patch = getattr(processor, "img_patch_token", None)
     candidates = (
+        None if patch is None else processor.tokenizer.convert_tokens_to_ids(patch),
         getattr(processor, "image_token_id", None),
         getattr(config, "image_token_id", None),
         getattr(config, "image_token_index", None),

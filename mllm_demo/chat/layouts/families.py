@@ -13,15 +13,20 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import (
     Ernie4_5_VLMoeProcessor,
+    Gemma4Processor,
     Glm4vProcessor,
     Idefics3Processor,
+    InternVLProcessor,
+    Llama4Processor,
     LlavaProcessor,
+    PixtralProcessor,
     Qwen2_5_VLProcessor,
     Qwen2VLProcessor,
     Qwen3VLProcessor,
     SmolVLMProcessor,
 )
 from transformers.image_transforms import get_resize_output_image_size
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
 from mllm_demo.chat.layouts.boxes import Box, View, grid_boxes
 
@@ -57,11 +62,8 @@ class Prompt:
 
 def places(processor, prompt: Prompt) -> list[Place]:
     """One `Place` for each of `prompt.positions`, by the family of `processor` or, failing that, by runs."""
-    if hasattr(processor, "image_grid"):
-        found = declared_grid(processor, prompt)
-    else:
-        family = next((family for kinds, family in FAMILIES if isinstance(processor, kinds)), None)
-        found = family(processor, prompt) if family else None
+    family = next((family for kinds, family in FAMILIES if isinstance(processor, kinds)), None)
+    found = family(processor, prompt) if family else None
     if found is None or len(found) != len(prompt.positions):
         return by_runs(prompt)
     return found
@@ -71,23 +73,14 @@ def by_runs(prompt: Prompt) -> list[Place]:
     """For processors nobody described: pictures told apart by runs of image tokens, no boxes.
 
     Where there are not as many runs as pictures (row separators inside a picture, pictures that touch), the
-    picture is known only if it is the only one.
+    picture is known only if it is the only one. Aria is read so too: its tokens are learned queries, each of
+    which may look at the whole tile, so none has a region.
     """
     runs = prompt.runs()
     if len(prompt.sizes) == 1:
         return [Place(0)] * len(prompt.positions)
     known = len(runs) == len(prompt.sizes)
     return [Place(n if known else None) for n, (start, end) in enumerate(runs) for _ in range(start, end)]
-
-
-def declared_grid(processor, prompt: Prompt) -> list[Place]:
-    """Processors that say `image_grid` (rows, cols): the whole picture, resized to one square."""
-    rows, cols = processor.image_grid
-    return [
-        Place(index, box)
-        for index, (width, height) in enumerate(prompt.sizes)
-        for box in grid_boxes(rows, cols, (0.0, 0.0, float(width), float(height)))
-    ]
 
 
 def dynamic_grid(processor, prompt: Prompt) -> list[Place] | None:
@@ -193,6 +186,115 @@ def tiles(processor, prompt: Prompt) -> list[Place] | None:
     return None if pending or index != len(prompt.sizes) else found
 
 
+def tiles_and_thumbnail(processor, prompt: Prompt) -> list[Place] | None:
+    """InternVL: the picture stretched to a whole number of tiles, row by row, then the whole picture once more
+    (left out when it is one tile). Pixel shuffle joins neighbours, so a tile's tokens are a square grid."""
+    side = math.isqrt(processor.image_seq_length)
+    images = processor.image_processor
+    runs = prompt.runs()
+    if side * side != processor.image_seq_length or len(runs) != len(prompt.sizes):
+        return None
+    found: list[Place] = []
+    for index, ((start, stop), (width, height)) in enumerate(zip(runs, prompt.sizes, strict=True)):
+        whole = (0.0, 0.0, float(width), float(height))
+        regions = [whole]
+        if stop - start != side * side:
+            tile = (images.size["height"], images.size["width"])
+            cols, rows = get_optimal_tiled_canvas((height, width), tile, images.min_patches, images.max_patches)
+            regions = [*grid_boxes(rows, cols, whole), whole]
+        if stop - start != side * side * len(regions):
+            return None
+        found += [Place(index, box) for region in regions for box in grid_boxes(side, side, region)]
+    return found
+
+
+def broken_rows(processor, prompt: Prompt) -> list[Place] | None:
+    """Pixtral, Mistral 3: the whole picture, resized; behind each row a token that stands for no patch."""
+    sizes = prompt.inputs.get("image_sizes")
+    side = processor.patch_size * processor.spatial_merge_size
+    if sizes is None or len(sizes) != len(prompt.sizes) or getattr(processor.image_processor, "do_center_crop", False):
+        return None
+    if (sizes % side).any():  # not resized, so what is left over at the edges has no token
+        return None
+    return [
+        Place(index, box)
+        for index, ((rows, cols), (width, height)) in enumerate(zip(sizes.tolist(), prompt.sizes, strict=True))
+        for box in grid_boxes(rows // side, cols // side, (0.0, 0.0, float(width), float(height)))
+    ]
+
+
+def pooled_grid(processor, prompt: Prompt) -> list[Place] | None:
+    """Gemma 4: the whole picture, resized near its own shape; a token is the mean of a square of patches.
+
+    Patches say their (column, row) in `image_position_ids`, padding says -1.
+    """
+    positions = prompt.inputs.get("image_position_ids")
+    if positions is None or len(positions) != len(prompt.sizes):
+        return None
+    pooled = ((positions.amax(dim=1) + 1) // processor.image_processor.pooling_kernel_size).tolist()
+    return [
+        Place(index, box)
+        for index, ((cols, rows), (width, height)) in enumerate(zip(pooled, prompt.sizes, strict=True))
+        for box in grid_boxes(rows, cols, (0.0, 0.0, float(width), float(height)))
+    ]
+
+
+def separated_tiles(processor, prompt: Prompt) -> list[Place] | None:
+    """Llama 4: tiles row by row with a separator behind each, then the whole picture stretched to one tile.
+
+    Tiles are cut from a canvas that the picture fills from its upper left corner in its own shape; what is
+    padding has no box. A picture of one tile has no second view. Which canvas was taken is read from the
+    separators, so the processor's own choice is not repeated.
+    """
+    images, words = processor.image_processor, processor.tokenizer
+    across, down = words.convert_tokens_to_ids([processor.tile_token, processor.tile_global_token])
+    size = (images.size["width"], images.size["height"])
+    found: list[Place] = []
+    rows: list[int] = [0]
+    index = 0
+    for start, stop in prompt.runs():
+        side = math.isqrt(stop - start)
+        behind = prompt.ids[stop] if stop < len(prompt.ids) else None
+        if side * side != stop - start or index >= len(prompt.sizes):
+            return None
+        if behind in (across, down):
+            rows[-1] += 1
+            rows += [0] if behind == down else []
+            continue
+        *counts, rest = rows
+        if rest or len(set(counts)) > 1:
+            return None
+        found += [Place(index, box) for box in _canvas(images, prompt.sizes[index], size, counts, side)]
+        rows = [0]
+        index += 1
+    return found if index == len(prompt.sizes) and rows == [0] else None
+
+
+def _canvas(images, picture: tuple[int, int], tile: tuple[int, int], counts: list[int], side: int) -> list[Box | None]:
+    """Boxes of `side` x `side` tokens a tile, for rows of `counts` tiles of `tile` (width, height) pixels."""
+    cols, rows = (counts[0], len(counts)) if counts else (1, 1)
+    canvas = (cols * tile[0], rows * tile[1])
+    room = canvas
+    if not images.resize_to_max_canvas:
+        # A small picture is not enlarged beyond one tile, however large its canvas.
+        room = tuple(min(max(own, tile[1]), whole) for own, whole in zip(picture, canvas, strict=True))
+    # The picture keeps its shape in whole pixels, rounded down, and touches the nearer limit.
+    scales = [space / own for space, own in zip(room, picture, strict=True)]
+    seen = [
+        space if scale == min(scales) else max(1, math.floor(own * min(scales)))
+        for space, own, scale in zip(room, picture, scales, strict=True)
+    ]
+    view = View(0.0, 0.0, picture[0] / seen[0], picture[1] / seen[1])
+    boxes = [
+        view.box(*box, picture)
+        for region in grid_boxes(rows, cols, (0.0, 0.0, float(canvas[0]), float(canvas[1])))
+        for box in grid_boxes(side, side, region)
+    ]
+    if not counts:
+        return boxes
+    return [*boxes, *grid_boxes(side, side, (0.0, 0.0, float(picture[0]), float(picture[1])))]
+
+
 FAMILIES = (
     (
         (Qwen2VLProcessor, Qwen2_5_VLProcessor, Qwen3VLProcessor, Glm4vProcessor, Ernie4_5_VLMoeProcessor),
@@ -200,4 +302,8 @@ FAMILIES = (
     ),
     ((Idefics3Processor, SmolVLMProcessor), tiles),
     ((LlavaProcessor,), single_view),
+    ((InternVLProcessor,), tiles_and_thumbnail),
+    ((PixtralProcessor,), broken_rows),
+    ((Gemma4Processor,), pooled_grid),
+    ((Llama4Processor,), separated_tiles),
 )

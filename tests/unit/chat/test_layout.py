@@ -283,21 +283,6 @@ def test_a_crop_leaves_out_what_the_model_does_not_see():
     assert cover(seen_high, high)[65:195].all() and not cover(seen_high, high)[:64].any()
 
 
-def test_a_processor_that_declares_its_grid_is_believed():
-    words = tokenizer()
-    declared = SimpleNamespace(
-        tokenizer=words,
-        image_grid=(2, 3),
-        image_token_id=words.convert_tokens_to_ids("<image>"),
-        apply_chat_template=stretched().apply_chat_template,
-    )
-    ids = words("<|s|>user:")["input_ids"] + [declared.image_token_id] * 12 + words("?<|e|>\n")["input_ids"]
-    messages = (Message("user", (picture(30, 20), picture(60, 40), "?")),)
-    tokens = [token for token in prompt_tokens(declared, CONFIG, messages, ids, {}) if token.box]
-    assert [token.image_index for token in tokens] == [0] * 6 + [1] * 6
-    assert tokens[4].box == (10, 10, 20, 20) and tokens[11].box == (40, 20, 60, 40)
-
-
 def unknown():
     words = tokenizer()
     processor = SimpleNamespace(tokenizer=words, apply_chat_template=stretched().apply_chat_template)
