@@ -19,6 +19,7 @@ from mllm_demo.chat.events import FootprintPart
 from mllm_demo.errors import AdapterError, CheckpointError
 from mllm_demo.models.experts import BLOCK, NESTED_BLOCK
 from mllm_demo.models.experts_quantizer import fused_weights, is_experts
+from mllm_demo.routing.families import router_modules
 
 PARTS = ("vision", "attention", "experts", "embeddings", "rest")
 CACHE_TOKENS = 1000
@@ -69,13 +70,17 @@ def _walk(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, str]]:
     """Every module with its path and the part of the model that it belongs to."""
     tower, attention = _vision_tower(model), _declared_attention(model)
     embeddings = {id(module) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
+    routers = {id(module) for _, module in router_modules(model)}
+    blocks = (module for module in model.modules() if any(id(child) in routers for child in module.children()))
+    # Experts that are not fused: the list of modules beside a router.
+    lists = {id(child) for block in blocks for child in block.children() if isinstance(child, nn.ModuleList)}
 
     def part_of(module: nn.Module, above: str) -> str:
         if above != "rest":
             return above
         if module is tower:
             return "vision"
-        if is_experts(module):
+        if is_experts(module) or id(module) in lists:
             return "experts"
         if id(module) in embeddings or isinstance(module, nn.Embedding):
             return "embeddings"

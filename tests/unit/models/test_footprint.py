@@ -5,13 +5,16 @@ import json
 import pytest
 import torch
 from peft import PeftModel
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     DynamicCache,
     Ernie4_5_VLMoeConfig,
     Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
 )
+from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextMLP
 
 from mllm_demo.errors import DownloadError, OutOfMemoryError, SettingsError
 from mllm_demo.models import adapters, fetching, footprint, loading, memory, quantize, sizes
@@ -92,6 +95,35 @@ def test_parts_are_told_apart_by_what_the_model_says_of_itself(mixture):
     assert parts["vision"].weights == sum(p.numel() for p in model.model.visual.parameters())
     assert parts["embeddings"].weights == 2 * text.vocab_size * text.hidden_size
     assert not parts["embeddings"].four_bit_weights
+
+
+class Separate(Qwen3VLMoeForConditionalGeneration):
+    """The same model with an MLP of `nn.Linear` for every expert, as code that comes with checkpoints has them."""
+
+    def __init__(self, config: Qwen3VLMoeConfig) -> None:
+        super().__init__(config)
+        text = config.text_config
+        for layer in self.model.language_model.layers:
+            mlps = (Qwen3VLMoeTextMLP(text, text.moe_intermediate_size) for _ in range(text.num_experts))
+            layer.mlp.experts = None
+            layer.mlp.members = nn.ModuleList(mlps)
+
+
+def test_experts_of_separate_linear_layers_are_in_4_bit_and_counted_as_experts(tmp_path):
+    Separate(medium()).bfloat16().save_pretrained(tmp_path)
+    quantized = quantize.bnb_config("nf4", torch.bfloat16)
+    held = memory.measure(
+        Separate.from_pretrained(tmp_path, dtype=torch.bfloat16, device_map={"": "cpu"}, quantization_config=quantized)
+    )
+    with torch.device("meta"):
+        model = Separate(medium()).bfloat16()
+    parts = {part.name: part for part in sizes.parts(model, "nf4")}
+    text = medium().text_config
+    assert parts["experts"].weights == 3 * text.num_experts * 3 * text.hidden_size * text.moe_intermediate_size
+    assert parts["experts"].four_bit_weights == parts["experts"].weights
+    # Promised is 3 %.
+    assert sum(part.bytes_held for part in parts.values()) == pytest.approx(held.memory_bytes, rel=0.005)
+    assert sum(part.four_bit_bytes for part in parts.values()) == held.four_bit_bytes
 
 
 def test_experts_of_a_checkpoint_that_bitsandbytes_stored_itself_stay_in_16_bit():
