@@ -20,8 +20,9 @@ BLOCK, NESTED_BLOCK = 64, 256
 # Rows of one expert up to which the fused CPU kernel is faster than unpacking the expert and multiplying: for 3.1
 # million weights it took 0.29 ms and 0.15 ms a row, the other way 1.2 ms whatever the rows (one thread, AVX512-BF16).
 FUSED_ROWS = 6
-# Selected experts (tokens x experts a token) up to which a GPU copies them out instead of asking which they are.
-GATHERED = 64
+# Selected experts (tokens x experts a token) up to which a GPU copies them out instead of asking which they are,
+# and the bytes that their unpacked weights may take meanwhile.
+GATHERED, GATHERED_BYTES = 64, 2**27
 # The fused CPU kernel reads tiles of this many rows.
 TILE = 16
 
@@ -199,7 +200,8 @@ def experts_forward(
         return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
     tokens, k = top_k_index.shape
     experts, weights = top_k_index.flatten(), top_k_weights.flatten()
-    if hidden_states.device.type != "cpu" and len(experts) <= GATHERED:
+    copied = len(experts) * up.out_features * up.in_features * hidden_states.element_size()
+    if hidden_states.device.type != "cpu" and len(experts) <= GATHERED and copied <= GATHERED_BYTES:
         outputs = _project(self, hidden_states.repeat_interleave(k, dim=0), experts, None)
     else:
         order = experts.argsort(stable=True)

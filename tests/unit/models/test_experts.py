@@ -23,7 +23,7 @@ from transformers.models.llama4.modeling_llama4 import Llama4TextExperts, Llama4
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextExperts
 
-from mllm_demo.models import memory, quantize
+from mllm_demo.models import experts, memory, quantize
 from mllm_demo.models.experts import BLOCK, ExpertWeights4bit, experts_forward
 from mllm_demo.models.experts_quantizer import METHOD, compute_in_four_bit, fused_weights
 
@@ -168,6 +168,19 @@ def test_the_way_without_waiting_for_a_device_gives_the_same(kind, monkeypatch):
                 by_expert = torch.cat([weights.linear(int(e), row[None]) for e, row in zip(chosen, rows, strict=True)])
                 torch.testing.assert_close(weights.each(chosen, rows), by_expert)
     assert torch.isfinite(expected).all()
+
+
+@pytest.mark.parametrize("bound", ["GATHERED", "GATHERED_BYTES"])
+def test_few_selected_experts_are_copied_out_without_asking_the_device_which(bound, monkeypatch):
+    ours, _ = pair(randomly(Qwen3VLMoeTextExperts(qwen().text_config), torch.bfloat16))
+    # Nothing can be read from the meta device, so that asking it fails.
+    ours, inputs = ours.to("meta"), [tensor.to("meta") for tensor in routed(3, torch.bfloat16)]
+    assert ours(*inputs).shape == (3, HIDDEN)
+    selected = 3 * TOP_K * (2 if bound == "GATHERED_BYTES" else 1)
+    sizes = {"GATHERED": 1, "GATHERED_BYTES": 2 * INNER * HIDDEN}
+    monkeypatch.setattr(experts, bound, selected * sizes[bound] - 1)
+    with pytest.raises(NotImplementedError):
+        ours(*inputs)
 
 
 def test_gradients_reach_the_inputs_of_frozen_experts():
