@@ -17,8 +17,10 @@ from transformers import (
     Glm4vProcessor,
     Idefics3Processor,
     InternVLProcessor,
+    Kimi_K25Processor,
     Llama4Processor,
     LlavaProcessor,
+    MiniMaxM3VLProcessor,
     PixtralProcessor,
     Qwen2_5_VLProcessor,
     Qwen2VLProcessor,
@@ -84,7 +86,7 @@ def by_runs(prompt: Prompt) -> list[Place]:
 
 
 def dynamic_grid(processor, prompt: Prompt) -> list[Place] | None:
-    """Qwen2-VL to 3, GLM-4.5V, ERNIE-4.5-VL: the whole picture, resized; a token is merge_size^2 patches."""
+    """Qwen2-VL to 3, GLM-4.5V, ERNIE-4.5-VL, MiniMax-M3: the whole picture, resized; merge_size^2 patches a token."""
     if "image_grid_thw" not in prompt.inputs:
         return None
     merge = processor.image_processor.merge_size
@@ -97,6 +99,29 @@ def dynamic_grid(processor, prompt: Prompt) -> list[Place] | None:
         for _ in range(frames)
         for box in grid_boxes(rows // merge, cols // merge, (0.0, 0.0, float(width), float(height)))
     ]
+
+
+def padded_grid(processor, prompt: Prompt) -> list[Place] | None:
+    """Kimi-K2.5: the picture shrunk to what the processor allows, never enlarged, then padded on the right and
+    below to whole tokens of merge_size^2 patches; what is only padding has no box."""
+    grids, images = prompt.inputs.get("image_grid_thw"), processor.image_processor
+    if grids is None or len(grids) != len(prompt.sizes):
+        return None
+    patch = images.patch_size
+    token = patch * images.merge_size
+    longest = images.size["max_height"] * patch
+    found = []
+    for index, ((_, rows, cols), size) in enumerate(zip(grids.tolist(), prompt.sizes, strict=True)):
+        patches = math.prod(max(1, length // patch) for length in size)
+        scale = min(1.0, math.sqrt(images.max_patches / patches), longest / max(size))
+        resized = [max(1, int(length * scale)) for length in size]
+        view = View(0.0, 0.0, size[0] / resized[0], size[1] / resized[1])
+        rows, cols = rows // images.merge_size, cols // images.merge_size
+        if [math.ceil(length / token) for length in resized] != [cols, rows]:
+            return None
+        canvas = (0.0, 0.0, float(cols * token), float(rows * token))
+        found += [Place(index, view.box(*box, size)) for box in grid_boxes(rows, cols, canvas)]
+    return found
 
 
 def single_view(processor, prompt: Prompt) -> list[Place] | None:
@@ -297,7 +322,14 @@ def _canvas(images, picture: tuple[int, int], tile: tuple[int, int], counts: lis
 
 FAMILIES = (
     (
-        (Qwen2VLProcessor, Qwen2_5_VLProcessor, Qwen3VLProcessor, Glm4vProcessor, Ernie4_5_VLMoeProcessor),
+        (
+            Qwen2VLProcessor,
+            Qwen2_5_VLProcessor,
+            Qwen3VLProcessor,
+            Glm4vProcessor,
+            Ernie4_5_VLMoeProcessor,
+            MiniMaxM3VLProcessor,
+        ),
         dynamic_grid,
     ),
     ((Idefics3Processor, SmolVLMProcessor), tiles),
@@ -306,4 +338,5 @@ FAMILIES = (
     ((PixtralProcessor,), broken_rows),
     ((Gemma4Processor,), pooled_grid),
     ((Llama4Processor,), separated_tiles),
+    ((Kimi_K25Processor,), padded_grid),
 )

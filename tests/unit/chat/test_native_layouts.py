@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from transformers import (
     Ernie4_5_VLMoeImageProcessorPil,
     Ernie4_5_VLMoeProcessor,
@@ -24,8 +25,8 @@ from transformers import (
 
 from mllm_demo.chat.layout import prompt_tokens
 
-# Without torchvision transformers makes a new stand-in for this class at every import.
-from mllm_demo.chat.layouts.families import PixtralProcessor
+# Without torchvision transformers makes a new stand-in for these classes at every import.
+from mllm_demo.chat.layouts.families import Kimi_K25Processor, PixtralProcessor
 from mllm_demo.chat.messages import Message
 from tests.unit.chat.test_layout import (
     CONFIG,
@@ -221,3 +222,40 @@ def test_llama_4_enlarges_to_the_whole_canvas_only_when_told_to():
     (enlarged,) = llama4([(2, 2)], [(40, 40)], resize_to_max_canvas=True)
     assert enlarged[3] == (10, 10, 20, 20) and enlarged[5] == (30, 0, 40, 10)
     assert len(kept) == len(enlarged) == 20
+
+
+class Kimi(Kimi_K25Processor):
+    """What its layout depends on: the numbers that the image processor declares."""
+
+    def __init__(self, max_patches: int):
+        self.tokenizer = tokenizer([*SPECIAL, "<|media_pad|>"])
+        self.image_token_id = self.tokenizer.convert_tokens_to_ids("<|media_pad|>")
+        self.image_processor = SimpleNamespace(
+            patch_size=8, merge_size=2, size={"max_height": 512, "max_width": 512}, max_patches=max_patches
+        )
+
+    def boxes(self, grid: tuple[int, int, int], size: tuple[int, int]):
+        ids = [self.image_token_id] * (grid[1] * grid[2] // self.image_processor.merge_size**2)
+        messages = (Message("user", (picture(*size),)),)
+        tokens = prompt_tokens(self, CONFIG, messages, ids, {"image_grid_thw": torch.tensor([grid])})
+        return [token.box for token in tokens]
+
+    def apply_chat_template(self, messages, **options):
+        return self.tokenizer.apply_chat_template(messages, chat_template=chat("<|media_pad|>"), **options)
+
+
+def test_kimi_pads_a_picture_of_its_own_size_to_whole_tokens():
+    boxes = Kimi(1000).boxes((1, 8, 14), (100, 60))
+    assert boxes[0] == (0, 0, 16, 16) and boxes[6] == (96, 0, 100, 16) and boxes[-1] == (96, 48, 100, 60)
+    assert len(boxes) == 4 * 7
+
+
+def test_kimi_shrinks_a_picture_of_too_many_patches():
+    # 12 x 7 patches of which 24 are allowed: 53 x 32 pixels, padded to 64 x 32.
+    boxes = Kimi(24).boxes((1, 4, 8), (100, 60))
+    assert boxes[0] == pytest.approx((0, 0, 16 * 100 / 53, 30))
+    assert boxes[-1] == pytest.approx((48 * 100 / 53, 30, 100, 60)) and len(boxes) == 8
+
+
+def test_a_grid_that_the_declared_numbers_do_not_give_is_not_trusted():
+    assert Kimi(24).boxes((1, 8, 14), (100, 60)) == [None] * 28
