@@ -8,6 +8,7 @@ import gc
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -67,8 +68,9 @@ class ChatEngine:
         return self._presets()
 
     def footprint(self, choice: ModelChoice) -> Footprint:
-        """What `choice` would take, from its description; a loaded model counts as in the way until it is freed."""
-        return self._foresee(choice, self._settings.cache_dir)
+        """What `choice` would take, from its description; a loaded model is not in the way, as loading frees it."""
+        seen = self._foresee(choice, self._settings.cache_dir)
+        return replace(seen, free_bytes=seen.free_bytes + self._status.memory_bytes)
 
     def load(self, choice: ModelChoice) -> Iterator[LoadProgress]:
         """Waits for running answers, frees the old model, loads `choice`, and yields progress meanwhile.

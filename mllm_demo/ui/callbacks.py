@@ -350,7 +350,8 @@ def footprint(seen: Footprint) -> str:
         f'<tr><th scope="row">{html.escape(name)}</th>{"".join(f"<td>{html.escape(cell)}</td>" for cell in cells)}</tr>'
         for name, *cells in words.footprint_rows(seen)
     )
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>" if rows else ""
+    inside = f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody>"
+    table = f'<table aria-label="{words.FOOTPRINT_TABLE}">{inside}</table>' if rows else ""
     said = " ".join(words.footprint_sentences(seen))
     refused = "" if seen.fits else f"<p><strong>{html.escape(words.does_not_fit(seen))}</strong></p>"
     inner = f"{table}<p>{html.escape(said)}</p>{refused}"

@@ -70,6 +70,7 @@ def build_page(engine: Engine, settings: Settings, assets: Path = ASSETS) -> gr.
             do.overview, None, plots, **hidden
         )
         gr.on([field.change for field in model], do.foreseen, model, footprint, **hidden, trigger_mode="always_last")
+        page.load(do.foreseen, model, footprint, **hidden)
         load.click(do.load, model, [progress, status, notice], **long)
         timer.tick(do.refreshed, None, [status, timer], queue=False, **hidden)
         page.load(do.opened, None, [view, status, timer, download], queue=False, **hidden)
@@ -139,7 +140,7 @@ def _settings_panels(engine: Engine, settings: Settings) -> tuple[list, list, gr
             gr.Number(default.seed, label="Seed", precision=0, minimum=0, maximum=2**31 - 1),
         ]
     with gr.Accordion(words.MODEL_SETTINGS, open=engine.status().state in ("failed", "empty"), elem_id="model"):
-        presets = [(f"{p.title} · {p.needs_gb:g} GB · {p.licence}", p.name) for p in engine.presets()]
+        presets = [(f"{p.title} · {p.needs_gb * 1e9 / 2**30:.1f} GB · {p.licence}", p.name) for p in engine.presets()]
         notes = {p.name: f"{p.note} Licence: {p.licence}." for p in engine.presets()}
         named = gr.Dropdown(
             presets, value=choice.model, label=words.MODEL_LABEL, info=words.MODEL_INFO, allow_custom_value=True

@@ -117,6 +117,7 @@ def how_it_ended(finished: Finished) -> str:
     }.get(finished.reason, "")
 
 
+FOOTPRINT_TABLE = "Memory by part of the model"
 FOOTPRINT_COLUMNS = ("", "weights", "in 16 bit", "as loaded", "in 4 bit")
 PARTS = {"embeddings": "embeddings and head", "rest": "everything else"}
 
@@ -125,7 +126,8 @@ def footprint_rows(seen: Footprint) -> list[tuple[str, str, str, str, str]]:
     """Cells of the table of a model's parts, one row each and one for all."""
 
     def row(name: str, weights: int, in_16_bit: int, held: int, four_bit: float) -> tuple[str, str, str, str, str]:
-        return name, f"{weights / 1e6:,.0f} M", memory(in_16_bit), memory(held), f"{100 * four_bit:.0f} %"
+        many = f"{weights / 1e9:.1f} B" if weights >= 1e9 else f"{weights / 1e6:.0f} M"
+        return name, many, memory(in_16_bit), memory(held), f"{100 * four_bit:.0f} %"
 
     rows = [
         row(
@@ -148,13 +150,12 @@ def footprint_sentences(seen: Footprint) -> list[str]:
         said.append(f"Each 1,000 tokens of conversation take {memory(seen.cache_bytes)} more.")
     if seen.image_tokens:
         said.append("A picture of {} x {} takes {} tokens.".format(*seen.image_size, seen.image_tokens))
-    cards = ", ".join(f"{size}" for size in seen.cards_gb)
-    holds = f"Graphics cards of {cards} GB hold it." if cards else "No graphics card of up to 24 GB holds it."
+    smallest = min(seen.cards_gb, default=None)
+    holds = f"A graphics card of {smallest} GB holds it." if smallest else "No graphics card of up to 24 GB holds it."
     return [*said, f"With room to work it needs {memory(seen.needs_bytes)}. {holds}"]
 
 
 def does_not_fit(seen: Footprint) -> str:
-    return (
-        f"It does not fit here: {memory(seen.free_bytes)} is free on the "
-        f"{'GPU' if seen.device.startswith('cuda') else 'CPU'}. Choose a smaller model or nf4."
-    )
+    device = "GPU" if seen.device.startswith("cuda") else "CPU"
+    way_out = "a smaller model" if seen.quantization in ("nf4", "fp4") else "a smaller model or nf4"
+    return f"It does not fit here: {memory(seen.free_bytes)} is free on the {device}. Choose {way_out}."

@@ -142,8 +142,12 @@ class FakeEngine:
         ]
 
     def footprint(self, choice):
-        part = FootprintPart("experts", 10**9, 10**9, 2 * 10**9, 520 * 10**6, 5 * 10**8)
-        return Footprint(choice.model, choice.quantization, "cpu", (part,), 10**8, 14 * 10**8, 10**9, (640, 480), 81)
+        if "missing" in choice.model:
+            raise CheckpointError(f"{choice.model} is neither a folder nor a known model; check the spelling.")
+        many = 60 if "large" in choice.model else 1
+        part = FootprintPart("experts", many * 10**9, many * 10**9, many * 2 * 10**9, many * 520 * 10**6, 5 * 10**8)
+        needs = many * 14 * 10**8
+        return Footprint(choice.model, choice.quantization, "cpu", (part,), 10**8, needs, 2 * 10**9, (640, 480), 81)
 
     def load(self, choice):
         if "missing" in choice.model:

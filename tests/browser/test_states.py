@@ -163,6 +163,27 @@ def test_a_preset_says_what_is_known_of_it(visit, staged):
     expect(page.get_by_text("Verified on a tiny model. Licence: Apache-2.0.")).to_be_hidden()
 
 
+def test_what_a_model_takes_is_a_table_and_what_does_not_fit_a_sentence(visit, staged):
+    page = visit(staged()[0], width=390)
+    page.get_by_role("button", name=re.compile("^Model")).click()
+    seen = page.get_by_role("status", name="Footprint")
+    table = page.get_by_role("table", name="Memory by part of the model")
+    expect(table.get_by_role("row", name=re.compile("^experts 1.0 B"))).to_be_visible()
+    expect(seen).to_contain_text("A graphics card of 8 GB holds it.")
+    expect(seen).not_to_contain_text("does not fit")
+
+    page.get_by_role("combobox", name="Model").fill("large/model")
+    page.get_by_role("combobox", name="Model").press("Enter")
+    expect(seen).to_contain_text("It does not fit here: 1.9 GB is free on the CPU.")
+    expect(table.get_by_role("row", name=re.compile("^all 60.0 B"))).to_be_visible()
+    assert table.evaluate("table => table.scrollWidth <= table.parentElement.clientWidth")
+
+    page.get_by_role("combobox", name="Model").fill("missing/model")
+    page.get_by_role("combobox", name="Model").press("Enter")
+    expect(page.get_by_text("missing/model is neither a folder nor a known model")).to_be_visible()
+    expect(table).to_be_hidden()
+
+
 def test_a_model_that_cannot_be_loaded_leaves_the_old_one(visit, staged):
     address, _ = staged()
     page = visit(address)

@@ -14,13 +14,15 @@ SEEN = Footprint("<b>Model</b>", "nf4", "cpu", (EXPERTS, REST), 2**27, 3 * 2**30
 
 def test_parts_totals_and_shares_are_in_the_table():
     shown = footprint(SEEN)
-    for said in ("experts", "everything else", "512 MB", "100 %", "50 %", "2,000 M", "81 tokens", "3.0 GB"):
+    for said in ("experts", "everything else", "512 MB", "100 %", "50 %", "2.0 B", "81 tokens", "3.0 GB"):
         assert said in shown
-    assert "8, 12, 16, 24 GB" in shown and "does not fit" not in shown
+    assert "A graphics card of 8 GB holds it." in shown and "does not fit" not in shown
 
 
 def test_what_does_not_fit_is_said_with_what_is_free():
     assert "does not fit here: 1.0 GB is free on the CPU" in footprint(replace(SEEN, free_bytes=2**30))
+    assert "Choose a smaller model." in footprint(replace(SEEN, free_bytes=2**30))
+    assert "Choose a smaller model or nf4." in footprint(replace(SEEN, free_bytes=2**30, quantization="none"))
     assert "No graphics card of up to 24 GB" in footprint(replace(SEEN, needs_bytes=60 * 10**9))
 
 
