@@ -26,7 +26,7 @@ from transformers import (
 from mllm_demo.chat.layout import prompt_tokens
 
 # Without torchvision transformers makes a new stand-in for these classes at every import.
-from mllm_demo.chat.layouts.families import Kimi_K25Processor, PixtralProcessor
+from mllm_demo.chat.layouts.families import Kimi_K25Processor, MiniMaxM3VLProcessor, PixtralProcessor
 from mllm_demo.chat.messages import Message
 from tests.unit.chat.test_layout import (
     CONFIG,
@@ -259,3 +259,24 @@ def test_kimi_shrinks_a_picture_of_too_many_patches():
 
 def test_a_grid_that_the_declared_numbers_do_not_give_is_not_trusted():
     assert Kimi(24).boxes((1, 8, 14), (100, 60)) == [None] * 28
+
+
+class MiniMax(MiniMaxM3VLProcessor):
+    """Its image processor needs torchvision; of it the layout reads one number."""
+
+    def __init__(self):
+        self.tokenizer = tokenizer([*SPECIAL, "<|img|>"])
+        self.image_token_id = self.tokenizer.convert_tokens_to_ids("<|img|>")
+        self.image_processor = SimpleNamespace(merge_size=2)
+
+    def apply_chat_template(self, messages, **options):
+        return self.tokenizer.apply_chat_template(messages, chat_template=chat("<|img|>"), **options)
+
+
+def test_minimax_stretches_each_picture_over_its_grid():
+    processor = MiniMax()
+    inputs = {"image_grid_thw": torch.tensor([[1, 4, 6], [1, 2, 2]])}
+    messages = (Message("user", (picture(90, 40), picture(30, 50))),)
+    tokens = prompt_tokens(processor, CONFIG, messages, [processor.image_token_id] * 7, inputs)
+    assert [token.image_index for token in tokens] == [0] * 6 + [1]
+    assert tokens[4].box == (30, 20, 60, 40) and tokens[6].box == (0, 0, 30, 50)
