@@ -6,7 +6,7 @@ import numpy as np
 from plotly import graph_objects as go
 
 from mllm_demo.figures.palette import CIVIDIS, MANY_EXPERTS, expert_colors
-from mllm_demo.figures.style import TALLEST, few, styled
+from mllm_demo.figures.style import TALLEST, few, names, styled
 from mllm_demo.routing.stats import load_table
 from mllm_demo.routing.trace import RoutingTrace, Site
 
@@ -33,7 +33,7 @@ def expert_load_figure(trace: RoutingTrace, sites: Sequence[Site], label: str) -
     ]
     figure = styled(go.Figure(bars), title=f"Expert load · {label}", subtitle=SUBTITLE, height=372)
     figure.update_layout(margin_t=118)  # the legend takes two rows on a telephone
-    figure.update_xaxes(title="layer", tickvals=few(layers))
+    figure.update_xaxes(title="layer", tickvals=few(layers), ticktext=names(layers))
     figure.update_yaxes(title="% of tokens", range=[0, 100])
     return figure
 
@@ -50,6 +50,6 @@ def _heat(table: np.ndarray, layers: list[int], label: str) -> go.Figure:
         hovertemplate="layer %{x}, %{y}: %{z:.1f} %<extra></extra>",
     )
     figure = styled(go.Figure(heat), title=f"Expert load · {label}", subtitle=SUBTITLE_MANY, height=124 + TALLEST)
-    figure.update_xaxes(title="layer", showgrid=False, tickvals=few(layers))
+    figure.update_xaxes(title="layer", showgrid=False, tickvals=few(layers), ticktext=names(layers))
     figure.update_yaxes(autorange="reversed", showgrid=False)
     return figure

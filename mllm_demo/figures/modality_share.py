@@ -7,7 +7,7 @@ import numpy as np
 from plotly import graph_objects as go
 
 from mllm_demo.figures.palette import MANY_EXPERTS
-from mllm_demo.figures.style import INK, LINE, TALLEST, few, styled
+from mllm_demo.figures.style import INK, LINE, TALLEST, few, names, styled
 from mllm_demo.routing.stats import load_by_modality
 from mllm_demo.routing.trace import RoutingTrace, Site
 
@@ -56,7 +56,8 @@ def modality_share_figure(trace: RoutingTrace, sites: Sequence[Site], label: str
     )
     height = 178 + min(44 * experts, TALLEST)
     figure = styled(go.Figure(heat), title=f"Picture or text? · {label}", subtitle=SUBTITLE, height=height)
-    figure.update_xaxes(title="layer", showgrid=False, tickvals=few([site.layer_idx for site in sites]))
+    layers = [site.layer_idx for site in sites]
+    figure.update_xaxes(title="layer", showgrid=False, tickvals=few(layers), ticktext=names(layers))
     figure.update_yaxes(autorange="reversed", showgrid=False)
     views = (("between", between, -most, most, SUBTITLE), ("within", within, 0, 100, SUBTITLE_WITHIN))
     figure.update_layout(

@@ -48,3 +48,8 @@ def styled(figure: go.Figure, *, title: str, subtitle: str, height: int) -> go.F
 def few(layers: Sequence[int]) -> list[int]:
     """Those of `layers` that an axis has room to name: ten or so, evenly apart, the first among them."""
     return list(layers[:: max(1, len(layers) // 10)])
+
+
+def names(layers: Sequence[int]) -> list[str]:
+    """What an axis calls `few(layers)`: a router of the whole model, layer -1, serves all of them."""
+    return ["all" if layer < 0 else str(layer) for layer in few(layers)]

@@ -60,7 +60,8 @@ function createRoutingView(element, props, watch) {
       const experts = view.trace.chosen(s, token).map(([expert, weight]) => `expert ${expert} (weight ${weight.toFixed(2)})`);
       if (experts.length > most) experts.splice(most - 1, Infinity, `${experts.length - most + 1} more`);
       const label = view.trace.kinds.find((kind) => kind.sites.includes(s)).label;
-      return [who, view.trace.layerName(s), label || block, experts.join(" + ")].join(" · ");
+      const where = view.trace.layerName(s);
+      return [who, where, ...(where === `whole ${label}` ? [] : [label || block]), experts.join(" + ")].join(" · ");
     },
     tip(event, token, s) {
       parts.tip.hidden = !event;

@@ -96,3 +96,9 @@ def test_the_load_of_many_experts_is_a_map_of_the_same_shares():
     trace = large_trace(experts=128, layers=4, grid=4, words=40)
     (heat,) = expert_load_figure(trace, trace.sites, "mlp").data
     np.testing.assert_allclose(np.asarray(heat.z, float), 100 * load_table(trace, trace.sites).T)
+
+
+@pytest.mark.parametrize("draw", [expert_load_figure, modality_share_figure])
+def test_a_router_of_the_whole_model_is_no_layer_below_zero(trace, draw):
+    whole = [replace(trace.sites[0], layer_idx=-1)]
+    assert draw(trace, whole, "model").layout.xaxis.ticktext == ("all",)
