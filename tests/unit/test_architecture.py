@@ -162,10 +162,20 @@ def test_the_app_and_the_shell_command_never_import_training():
         assert not any(name.startswith(f"{PACKAGE}.training") for name in closure(module))
 
 
+# A command that people start by the name of the room whose question it answers. It wires rooms, as `app.py` does.
+COMMANDS = (f"{PACKAGE}.routing.drift",)
+
+
 @pytest.mark.parametrize("module", [name for name in MODULES if room(name) in ("figures", "routing")])
 def test_a_trace_and_its_pictures_know_neither_models_nor_page(module):
     known = {room(name) for name in closure(module) if name.startswith(f"{PACKAGE}.")}
-    assert not known & {"ui", "models", "training"}
+    assert not known & ({"ui", "training"} if module in COMMANDS else {"ui", "models", "training"})
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_nothing_imports_a_command_that_wires_rooms(command):
+    assert 'if __name__ == "__main__"' in FILES[command].read_text()
+    assert not [module for module in MODULES if command in imported(module)]
 
 
 # What never stands in code
