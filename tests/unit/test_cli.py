@@ -14,13 +14,37 @@ from mllm_demo import ask, cli
 from mllm_demo.chat.events import Finished, LoadProgress, Queued, TextDelta
 from mllm_demo.chat.messages import Message
 from mllm_demo.errors import DownloadError, SettingsError
-from mllm_demo.settings import ModelChoice, Sampling, Settings
+from mllm_demo.settings import ModelChoice, Sampling, Settings, split_adapters
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_no_flags_are_the_defaults():
     assert cli.server_settings([], {}) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("flags", "environ", "adapters"),
+    [
+        ("", {}, ()),
+        ("--adapter a", {}, ("a",)),
+        ("--adapter a --adapter b/c", {}, ("a", "b/c")),
+        ("", {"MLLM_DEMO_ADAPTER": "a, b/c"}, ("a", "b/c")),
+        ("", {"MLLM_DEMO_ADAPTER": "a"}, ("a",)),
+        ("--adapter d", {"MLLM_DEMO_ADAPTER": "a,b"}, ("d",)),
+    ],
+)
+def test_several_adapters_come_by_repeating_the_flag_or_by_commas(flags, environ, adapters):
+    """The page, the shell command and the variable name the same mixture; a flag wins over the variable."""
+    choice = cli.server_settings(flags.split(), environ).choice
+    assert choice.adapters == adapters
+    assert ask.parse(["Hi?", *flags.split()], environ)[0].choice == choice
+    assert split_adapters(choice.adapter_text or "") == adapters
+
+
+def test_an_adapter_without_a_name_is_refused():
+    with pytest.raises(SettingsError, match="adapter must be a folder or a hub id"):
+        cli.server_settings(["--adapter", "a", "--adapter", " "], {})
 
 
 def test_every_flag_arrives():
