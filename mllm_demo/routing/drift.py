@@ -17,9 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import GenerationConfig
 
 from mllm_demo.chat.images import read_picture
-from mllm_demo.chat.layout import decoded_tokens, prompt_tokens
+from mllm_demo.chat.layout import decoded_tokens, image_token_id, prompt_tokens
 from mllm_demo.chat.messages import Message, pictures
 from mllm_demo.chat.prompt import Prompt, make_prompt
 from mllm_demo.chat.provenance import trace_image
@@ -76,8 +77,15 @@ def _read(loaded: LoadedModel, prompt: Prompt, answer: list[int]) -> RoutingTrac
 
 
 def _answer(loaded: LoadedModel, prompt: Prompt) -> list[int]:
+    # An answer holds no picture, so the token that stands for one may not come out.
+    image = image_token_id(loaded.processor, loaded.model.config)
+    config = GenerationConfig(
+        **loaded.model.generation_config.to_diff_dict()
+        | {"max_new_tokens": prompt.max_new_tokens, "do_sample": False}
+        | ({} if image is None else {"suppress_tokens": [image]})
+    )
     with torch.inference_mode(), routed_region(loaded, prompt):
-        made = loaded.model.generate(**prompt.inputs, max_new_tokens=prompt.max_new_tokens, do_sample=False)
+        made = loaded.model.generate(**prompt.inputs, generation_config=config)
     return made[0, len(prompt.ids) :].tolist()
 
 

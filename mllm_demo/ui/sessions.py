@@ -7,6 +7,7 @@ import secrets
 import shutil
 import tempfile
 import threading
+import weakref
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +36,9 @@ class Sessions:
         self._capacity = capacity
         self._lock = threading.Lock()
         self._sessions: OrderedDict[str, _Session] = OrderedDict()
-        self._folder = tempfile.TemporaryDirectory(prefix="routing-traces-")
+        # Not a TemporaryDirectory, which warns when it is collected without having been closed: pages just end.
+        self._folder = Path(tempfile.mkdtemp(prefix="routing-traces-"))
+        self._remove = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
 
     def begin(self, key: str) -> threading.Event:
         """A fresh stop switch for a new answer; an answer still running in this session is stopped."""
@@ -87,7 +90,7 @@ class Sessions:
         return path
 
     def _fresh_folder(self, key: str, purpose: str) -> Path:
-        folder = Path(self._folder.name) / secrets.token_hex(16)
+        folder = self._folder / secrets.token_hex(16)
         folder.mkdir()
         with self._lock:
             session = self._sessions.setdefault(key, _Session())
@@ -100,4 +103,4 @@ class Sessions:
         """Forgets everybody and removes every file."""
         for key in list(self._sessions):
             self.forget(key)
-        self._folder.cleanup()
+        self._remove()
