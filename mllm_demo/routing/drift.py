@@ -48,6 +48,10 @@ def parse(argv: Sequence[str] | None, environ: Mapping[str, str]) -> tuple[Setti
     settings = settings_from(arguments)
     if settings.choice.quantization == "none":
         raise SettingsError("--quantization none would be compared with itself; choose nf4, fp4 or int8.")
+    if not all(question.strip() for question in arguments.question):
+        raise SettingsError("A --question is empty; put it in quotes after the flag.")
+    if arguments.json is not None and (arguments.json.is_dir() or not arguments.json.expanduser().parent.is_dir()):
+        raise SettingsError(f"--json {arguments.json} must name a file in a folder that exists.")
     asked = list(zip(arguments.image, arguments.question, strict=False))
     if len(arguments.image) not in (0, len(arguments.question)):
         raise SettingsError("Give one --question for each --image, or no --image at all.")

@@ -52,6 +52,8 @@ def test_text_alone_is_compared_too(command):
         ({"adapter": None}, "No router can be read"),
         ({"quantization": "none"}, "would be compared with itself"),
         ({"question": None}, "one --question for each --image"),
+        ({"question": " "}, "--question is empty"),
+        ({"json": "nowhere/drift.json"}, "must name a file in a folder that exists"),
     ],
 )
 def test_what_cannot_be_compared_is_one_sentence(command, capsys, changes, words):
