@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mllm_demo.chat.engine import ChatEngine
 from mllm_demo.chat.events import Engine, Finished, Queued, TextDelta
-from mllm_demo.chat.images import read_picture
+from mllm_demo.chat.images import read_pictures
 from mllm_demo.chat.messages import Message
 from mllm_demo.cli import Parser, TerminalProgress, add_flag, add_model_flags, run, settings_from
 from mllm_demo.errors import SettingsError, TraceError
@@ -29,7 +29,7 @@ def parse(
     )
     parser.add_argument("question", help="what to ask")
     parser.add_argument(
-        "--image", type=Path, action="append", default=[], help="picture file; may be repeated"
+        "--image", type=Path, action="append", default=[], help="picture file, still or moving; may be repeated"
     )
     parser.add_argument(
         "--trace", type=Path, default=None, help="file to save the routing trace to (.safetensors)"
@@ -78,8 +78,9 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.envi
     limits = {
         "max_bytes": settings.max_upload_mb * 1_000_000,
         "max_pixels": settings.max_image_megapixels * 1_000_000,
+        "max_frames": settings.frames,
     }
-    pictures = [read_picture(path.expanduser(), **limits) for path in images]
+    pictures = [picture for path in images for picture in read_pictures(path.expanduser(), **limits)]
     engine = ChatEngine(settings)
     progress = TerminalProgress(sys.stderr)
     try:

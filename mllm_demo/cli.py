@@ -121,6 +121,14 @@ def add_model_flags(parser: argparse.ArgumentParser, environ: Mapping[str, str])
     add_flag(
         parser,
         environ,
+        "frames",
+        type=int,
+        default=Settings().frames,
+        help="how many frames of a moving picture the model is shown; each is a picture to it",
+    )
+    add_flag(
+        parser,
+        environ,
         "max-new-tokens",
         type=int,
         default=sampling.max_new_tokens,
@@ -190,6 +198,7 @@ def settings_from(arguments: argparse.Namespace) -> Settings:
         auth=getattr(arguments, "auth", defaults.auth),
         queue_size=getattr(arguments, "queue_size", defaults.queue_size),
         timeout_s=arguments.timeout,
+        frames=arguments.frames,
         cache_dir=arguments.cache_dir.expanduser() if arguments.cache_dir else None,
     )
 

@@ -98,6 +98,7 @@ class Settings:
 
     `timeout_s`: seconds one answer may take; `queue_size`: people who may wait at once;
     `max_upload_mb`, `max_image_megapixels`: what an upload may weigh and decode to;
+    `frames`: how many evenly spaced frames of a moving picture the model is shown, each as a picture;
     `cache_dir`: where fetched and quantized weights are kept (None: the user's cache folder).
     """
 
@@ -111,6 +112,7 @@ class Settings:
     timeout_s: float = 300.0
     max_upload_mb: int = 20
     max_image_megapixels: int = 50
+    frames: int = 4
     cache_dir: Path | None = None
 
     def __post_init__(self) -> None:
@@ -119,3 +121,4 @@ class Settings:
         _check(self.timeout_s > 0, f"timeout must be above 0 seconds, not {self.timeout_s}.")
         _check(self.max_upload_mb >= 1, f"max upload must be at least 1 MB, not {self.max_upload_mb}.")
         _check(self.max_image_megapixels >= 1, "max image size must be at least 1 megapixel.")
+        _check(1 <= self.frames <= 32, f"frames of a moving picture must be 1 to 32, not {self.frames}.")

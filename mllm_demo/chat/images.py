@@ -1,10 +1,13 @@
-"""Turns untrusted bytes into a safe `Picture`: upright, plain RGB, no metadata, of bounded size.
+"""Turns untrusted bytes into safe `Picture`s: upright, plain RGB, no metadata, of bounded size.
 
-Everything is checked before it costs anything: the weight before opening, the pixels before decoding. It knows
-nothing of models or pages, and leaves Pillow's global settings alone, since other code of the process uses them.
+A moving picture (animated GIF, WebP or PNG) becomes some of its frames. Everything is checked before it costs
+anything: the weight before opening, the pixels before decoding. It knows nothing of models or pages, decodes no video
+files, and leaves Pillow's global settings alone, since other code of the process uses them.
 """
 
 import io
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +18,34 @@ from mllm_demo.errors import ImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 FORMAT_NAMES = "JPEG, PNG, WebP, GIF, BMP or TIFF"
+# Pages of a TIFF and second views of a JPEG are no moving pictures.
+MOVING_FORMATS = ("GIF", "WEBP", "PNG")
+_STILL_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1", b"avif", b"avis")
 MAX_SIDE = 4096
 MAX_ASPECT_RATIO = 100
+# All frames of a moving picture are decoded to know when each is shown: this many, of so many times a picture's pixels.
+MAX_FRAMES_READ = 2000
+MOVING_PIXELS = 4
+# Browsers show a frame that asks for less than 11 ms for 100 ms.
+SHORTEST_MS, INSTEAD_MS = 11, 100
 
 
 def read_picture(source: bytes | str | Path, *, max_bytes: int, max_pixels: int, name: str | None = None) -> Picture:
-    """Decodes `source` (the bytes of a file, or its path) into an RGB PNG.
+    """The picture in `source`, of a moving one the first frame; see `read_pictures`."""
+    return read_pictures(source, max_bytes=max_bytes, max_pixels=max_pixels, max_frames=1, name=name)[0]
 
-    EXIF rotation is applied, transparency is laid on white, 16-bit and float greys are scaled to 8 bits, of
-    an animation the first frame is taken. A side longer than 4096 pixels is scaled down to it;
-    `Picture.width` and `Picture.height` are the size of the stored PNG, which is what the model is shown.
-    `name` is what error messages call the picture (default: the file's name, or "image").
+
+def read_pictures(
+    source: bytes | str | Path, *, max_bytes: int, max_pixels: int, max_frames: int, name: str | None = None
+) -> tuple[Picture, ...]:
+    """Decodes `source` (the bytes of a file, or its path) into RGB PNGs: one, or `max_frames` of a moving picture.
+
+    EXIF rotation is applied, transparency is laid on white, 16-bit and float greys are scaled to 8 bits. A side longer
+    than 4096 pixels is scaled down to it; `Picture.width` and `Picture.height` are the size of the stored PNG, which is
+    what the model is shown. `name` is what error messages call the picture (default: the file's name, or "image").
+
+    Frames are evenly spaced in time, the first and the last among them, and `Picture.label` says which one it is and
+    when it is shown ("frame 2 of 4, 0.8 s"). With `max_frames` 1, later frames are not even looked at.
 
     Raises `ImageError` with one sentence that names the picture and says what to do instead.
     """
@@ -40,21 +60,97 @@ def read_picture(source: bytes | str | Path, *, max_bytes: int, max_pixels: int,
     with opened:
         _check_size(opened.size, max_pixels, name)
         try:
-            opened.load()
-            # A GIF's frame and a TIFF's tile may be larger than what the header declared.
-            _check_size(opened.size, max_pixels, name)
-            rgb = _to_rgb(_upright(opened))
+            begins = _begins(opened, max_pixels, name) if max_frames > 1 and opened.format in MOVING_FORMATS else {}
+            if len(begins) < 2:
+                return (_picture(opened, 0, max_pixels, name),)
+            frames, times = list(begins), list(begins.values())
+            shown = evenly_spaced(times, max_frames)
+            return tuple(
+                _picture(opened, frames[n], max_pixels, name, f"frame {count} of {len(shown)}, {times[n]:.1f} s")
+                for count, n in enumerate(shown, start=1)
+            )
         except ImageError:
             raise
         except Exception as error:
             raise ImageError(
                 f"{name} is damaged or cut off and cannot be decoded; save it again and upload that."
             ) from error
+
+
+def evenly_spaced(begins: Sequence[float], most: int) -> list[int]:
+    """Which of the frames that begin at `begins` (seconds, over a millisecond apart) to show: all, or `most` of them.
+
+    The first and the last are among them; those between are the ones to be seen at evenly spaced times. Where one frame
+    stays so long that it would be taken twice, the next takes its place.
+    """
+    order = np.arange(min(most, len(begins)))
+    times = np.linspace(begins[0], begins[-1], len(order))
+    # Sums of decimal durations miss their mark by a rounding error.
+    seen = np.searchsorted(np.asarray(begins), times + 1e-6, side="right") - 1
+    seen = np.maximum.accumulate(seen - order) + order
+    return np.minimum(seen, len(begins) - len(order) + order).tolist()
+
+
+def _begins(opened: Image.Image, max_pixels: int, name: str) -> dict[int, float]:
+    """Number of each frame of `opened`, and when it begins, in seconds; decodes every one."""
+    begins: dict[int, float] = {}
+    seconds = pixels = 0.0
+    # The first picture of an animated PNG may be for viewers that know no animation, and not part of it.
+    for number in itertools.count(1 if opened.info.get("default_image") else 0):
+        try:
+            opened.seek(number)
+        except EOFError:
+            break
+        pixels += opened.width * opened.height
+        if len(begins) == MAX_FRAMES_READ or pixels > MOVING_PIXELS * max_pixels:
+            raise ImageError(
+                f"{name} is too long: a moving picture may have {MAX_FRAMES_READ} frames and, over all of them, "
+                f"{MOVING_PIXELS * max_pixels / 1e6:g} megapixels; shorten it or scale it down and upload it again."
+            )
+        _load(opened, max_pixels, name, f"frame {len(begins) + 1} of ")
+        begins[number] = seconds
+        asked = float(opened.info.get("duration") or 0)
+        seconds += (asked if asked >= SHORTEST_MS else INSTEAD_MS) / 1000
+    # A GIF does not say how many frames it has; the others do.
+    if opened.format != "GIF" and number < opened.n_frames:
+        raise ImageError(f"{name} is cut off after {len(begins)} frames; save it again and upload that.")
+    return begins
+
+
+def _load(opened: Image.Image, max_pixels: int, name: str, which: str = "") -> None:
+    try:
+        # A GIF's frame and a TIFF's tile may be larger than what the header declared.
+        _check_size(opened.size, max_pixels, name)
+        opened.load()
+        _check_size(opened.size, max_pixels, name)
+    except ImageError:
+        raise
+    except Exception as error:  # decoders answer hostile bytes with any exception there is
+        raise ImageError(
+            f"{which}{name} is damaged or cut off and cannot be decoded; save it again and upload that."
+        ) from error
+
+
+def _picture(opened: Image.Image, frame: int, max_pixels: int, name: str, label: str = "") -> Picture:
+    opened.seek(frame)
+    _load(opened, max_pixels, name)
+    rgb = _to_rgb(_upright(opened))
     rgb.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
     rgb.info.clear()
     png = io.BytesIO()
     rgb.save(png, format="PNG", compress_level=1)
-    return Picture(png.getvalue(), rgb.width, rgb.height, name)
+    return Picture(png.getvalue(), rgb.width, rgb.height, name, label)
+
+
+def _is_video(data: bytes) -> bool:
+    """By the first bytes: MP4, MOV (not HEIC and AVIF pictures, which begin alike), WebM, MKV, AVI, Ogg, FLV, MPEG."""
+    if data[4:8] == b"ftyp":
+        return data[8:12] not in _STILL_BRANDS
+    return (
+        data[4:8] in (b"moov", b"mdat", b"wide")
+        or data.startswith((b"\x1a\x45\xdf\xa3", b"OggS", b"FLV\x01", b"\x00\x00\x01\xba", b"\x00\x00\x01\xb3"))
+        or (data[:4] == b"RIFF" and data[8:12] == b"AVI ")
+    )
 
 
 def _read(source: bytes | str | Path, max_bytes: int, name: str) -> bytes:
@@ -69,6 +165,11 @@ def _read(source: bytes | str | Path, max_bytes: int, name: str) -> bytes:
                 data = file.read(max_bytes + 1)
         except (OSError, ValueError) as error:
             raise ImageError(f"{name} cannot be opened; check that the file exists and may be read.") from error
+    if _is_video(data):
+        raise ImageError(
+            f"{name} is a video file, which is not read; save it as an animated GIF or WebP, or upload single frames "
+            "as pictures."
+        )
     if len(data) > max_bytes:
         raise too_large
     if not data:

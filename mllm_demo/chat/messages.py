@@ -14,12 +14,17 @@ ROLES = ("system", "user", "assistant")
 
 @dataclass(frozen=True)
 class Picture:
-    """A decoded, safe picture: `png` holds RGB, upright, `width` x `height` pixels."""
+    """A decoded, safe picture: `png` holds RGB, upright, `width` x `height` pixels.
+
+    `label` says which frame of a moving picture it is and when it is shown; empty for any other picture. Models are
+    not told: to them a frame is a picture like others.
+    """
 
     png: bytes
     width: int
     height: int
     name: str = "image"
+    label: str = ""
 
     @property
     def digest(self) -> str:

@@ -1,6 +1,7 @@
 """A conversation as a model's inputs: chat template, pictures, and the check against the context length.
 
-It knows nothing of threads, queues or routing.
+Frames of a moving picture are pictures like others; no processor is ever handed a video. It knows nothing of threads,
+queues or routing.
 """
 
 import re
@@ -8,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
+from jinja2 import TemplateError
 
 from mllm_demo.chat.messages import Conversation, pictures, to_chat_template
 from mllm_demo.errors import ContextLengthError, GenerationError
@@ -34,7 +36,7 @@ def make_prompt(loaded: LoadedModel, messages: Conversation, max_new_tokens: int
     """Builds the inputs for the answer to the last message.
 
     Raises `ContextLengthError` when prompt and a few answer tokens exceed the context, and `GenerationError`
-    when there is no question or the model has no chat template.
+    when there is no question, the model has no chat template, or template or processor refuse several pictures.
     """
     if not messages or messages[-1].role != "user" or not messages[-1].content:
         raise GenerationError("There is no question to answer; write one or add a picture first.")
@@ -43,11 +45,17 @@ def make_prompt(loaded: LoadedModel, messages: Conversation, max_new_tokens: int
     if not (getattr(processor, "chat_template", None) or tokenizer.chat_template):
         raise GenerationError(f"{loaded.title} has no chat template; load a model made for chatting (instruct, chat).")
     messages = without_control_tokens(messages, processor)
-    text = processor.apply_chat_template(to_chat_template(messages), add_generation_prompt=True, tokenize=False)
-    # A template that writes the beginning-of-text token itself must not get a second one from the tokenizer.
-    add_special_tokens = not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
     images = [picture.to_pil() for picture in pictures(messages)]
-    inputs = processor(text=[text], images=images or None, return_tensors="pt", add_special_tokens=add_special_tokens)
+    try:
+        inputs = _inputs(processor, messages, images)
+    except (TemplateError, ValueError, TypeError, LookupError, NotImplementedError) as error:
+        if len(images) < 2:
+            raise
+        reason = " ".join(str(error).split())
+        raise GenerationError(
+            f"{loaded.title} does not take {len(images)} pictures in one conversation ({reason}); "
+            "start a new chat with one picture; a moving picture is one with --frames 1."
+        ) from error
     ids = tuple(inputs["input_ids"][0].tolist())
     room = loaded.context_length - len(ids)
     if room < min(MIN_ANSWER_TOKENS, max_new_tokens):
@@ -58,15 +66,24 @@ def make_prompt(loaded: LoadedModel, messages: Conversation, max_new_tokens: int
     return Prompt(inputs.to(loaded.device, getattr(torch, loaded.dtype)), ids, messages, min(max_new_tokens, room))
 
 
+def _inputs(processor, messages: Conversation, images: list):
+    tokenizer = processor.tokenizer
+    text = processor.apply_chat_template(to_chat_template(messages), add_generation_prompt=True, tokenize=False)
+    # A template that writes the beginning-of-text token itself must not get a second one from the tokenizer.
+    add_special_tokens = not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
+    return processor(text=[text], images=images or None, return_tensors="pt", add_special_tokens=add_special_tokens)
+
+
 def without_control_tokens(messages: Conversation, processor) -> Conversation:
     """The same conversation with a space inside every control token that a person typed.
 
-    Text such as "<|im_end|>" or an image placeholder would otherwise end the turn, forge another role or ask
-    for a picture that is not there.
+    Text such as "<|im_end|>" or a placeholder of a picture or a video would otherwise end the turn, forge another
+    role or ask for a picture or a video that is not there.
     """
     tokenizer = processor.tokenizer
     control = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    control |= {*tokenizer.all_special_tokens, getattr(processor, "image_token", "")}
+    placeholders = (getattr(processor, f"{kind}_token", None) for kind in ("image", "video", "audio"))
+    control |= {*tokenizer.all_special_tokens, *(token for token in placeholders if isinstance(token, str))}
     control = {token for token in control if len(token) > 1 and not token[0].isspace()}
     if not control:
         return messages

@@ -63,14 +63,21 @@ def trace_image(picture: Picture) -> TraceImage:
     small.thumbnail((TRACE_IMAGE_SIDE, TRACE_IMAGE_SIDE), Image.Resampling.LANCZOS)
     encoded = io.BytesIO()
     small.save(encoded, format="JPEG", quality=88)
-    return TraceImage(encoded.getvalue(), picture.width, picture.height)
+    return TraceImage(encoded.getvalue(), picture.width, picture.height, picture.label)
 
 
 def _message(message: Message) -> dict[str, object]:
     return {
         "role": message.role,
         "content": [
-            {"type": "image", "sha256": part.digest, "name": part.name, "width": part.width, "height": part.height}
+            {
+                "type": "image",
+                "sha256": part.digest,
+                "name": part.name,
+                "width": part.width,
+                "height": part.height,
+                **({"label": part.label} if part.label else {}),
+            }
             if isinstance(part, Picture)
             else {"type": "text", "text": part}
             for part in message.content

@@ -193,7 +193,7 @@ def _b64(array: np.ndarray) -> str:
 
 def _image(image: TraceImage) -> dict:
     """A small data URL of a picture; an unreadable one (a file may come from anybody) is drawn as a blank."""
-    size = {"width": image.width, "height": image.height}
+    size = {"width": image.width, "height": image.height, "label": image.label}
     try:
         picture = read_picture(image.data, max_bytes=MAX_SOURCE_BYTES, max_pixels=MAX_SOURCE_PIXELS)
     except ImageError:

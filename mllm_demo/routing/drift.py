@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig
 
-from mllm_demo.chat.images import read_picture
+from mllm_demo.chat.images import read_pictures
 from mllm_demo.chat.layout import decoded_tokens, image_token_id, prompt_tokens
 from mllm_demo.chat.messages import Message, pictures
 from mllm_demo.chat.prompt import Prompt, make_prompt
@@ -61,7 +61,8 @@ def parse(argv: Sequence[str] | None, environ: Mapping[str, str]) -> tuple[Setti
         examples = json.loads((EXAMPLES / "examples.json").read_text())
         asked = [(EXAMPLES / example["image"], example["question"]) for example in examples]
     limits = {"max_bytes": settings.max_upload_mb * 10**6, "max_pixels": settings.max_image_megapixels * 10**6}
-    shown = [() if image is None else (read_picture(image.expanduser(), **limits),) for image, _ in asked]
+    limits["max_frames"] = settings.frames
+    shown = [() if image is None else read_pictures(image.expanduser(), **limits) for image, _ in asked]
     return settings, [Message("user", (*p, q)) for p, (_, q) in zip(shown, asked, strict=True)], arguments.json
 
 

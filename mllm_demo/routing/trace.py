@@ -135,11 +135,15 @@ class Site:
 
 @dataclass(frozen=True)
 class TraceImage:
-    """A picture of the conversation: `data` is encoded PNG or JPEG, `width` x `height` its original size."""
+    """A picture of the conversation: `data` is encoded PNG or JPEG, `width` x `height` its original size.
+
+    `label`: which frame of a moving picture it is, and when it is shown; empty for any other picture.
+    """
 
     data: bytes
     width: int
     height: int
+    label: str = ""
 
     def __post_init__(self) -> None:
         _check(isinstance(self.data, bytes) and bool(self.data), "an image of a trace must have bytes.")
@@ -147,6 +151,7 @@ class TraceImage:
             _is_int(self.width) and _is_int(self.height) and self.width > 0 and self.height > 0,
             f"an image of a trace cannot be {self.width!r} x {self.height!r} pixels.",
         )
+        _check(isinstance(self.label, str), f"an image's label must be a string, not {self.label!r}.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -264,6 +269,8 @@ class RoutingTrace:
             "tokens": _to_json([list(asdict(token).values()) for token in self.tokens], "tokens"),
             "sites": _to_json([asdict(site) for site in self.sites], "sites"),
             "images": _to_json([[image.width, image.height] for image in self.images], "images"),
+            # Beside the sizes, so that files without it and readers that do not know it both stay good.
+            "image_labels": _to_json([image.label for image in self.images], "labels"),
             "provenance": _to_json(self.provenance, "provenance"),
         }
         partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
@@ -314,10 +321,11 @@ class RoutingTrace:
         _complain("lacks", expected - keys)
         _complain("holds an unknown entry", keys - expected)
         images = []
-        for index, (width, height) in enumerate(sizes):
+        labels = json.loads(header["image_labels"]) if "image_labels" in header else [""] * len(sizes)
+        for index, ((width, height), label) in enumerate(zip(sizes, labels, strict=True)):
             data = get(f"images/{index}")
             _check(data.dtype == np.uint8 and data.ndim == 1, f"image {index} is not stored as bytes.")
-            images.append(TraceImage(data.tobytes(), width, height))
+            images.append(TraceImage(data.tobytes(), width, height, label))
         provenance = json.loads(header["provenance"])
         _check(isinstance(provenance, dict), "provenance is not a table.")
         return cls(

@@ -51,7 +51,7 @@ def add_ask_endpoint(engine: Engine, settings: Settings, sessions: Sessions, rea
             if not (question or "").strip():
                 raise DemoError(words.NOTHING_ASKED)
             sampling = Sampling(int(max_new_tokens), float(temperature), seed=int(seed))
-            message = Message("user", (read(image, Path(image).name), question.strip()))
+            message = Message("user", (*read(image, Path(image).name), question.strip()))
             for event in engine.answer((message,), sampling, stop):
                 if isinstance(event, Finished):
                     path = event.trace and str(sessions.save_trace(key, event.trace))

@@ -27,8 +27,8 @@ from mllm_demo.chat.events import (
     TraceUpdate,
 )
 from mllm_demo.chat.grounding import draw_boxes, find_boxes
-from mllm_demo.chat.images import read_picture
-from mllm_demo.chat.messages import Conversation, pictures
+from mllm_demo.chat.images import read_pictures
+from mllm_demo.chat.messages import Conversation, Picture, pictures
 from mllm_demo.errors import DemoError
 from mllm_demo.figures.expert_load import expert_load_figure
 from mllm_demo.figures.modality_share import modality_share_figure
@@ -70,6 +70,7 @@ class Callbacks:
             _read_upload,
             max_bytes=settings.max_upload_mb * 2**20,
             max_pixels=settings.max_image_megapixels * 10**6,
+            max_frames=settings.frames,
         )
 
     # Opening and closing the page
@@ -298,8 +299,8 @@ class Callbacks:
         yield "", status_line(self.engine.status()), ""
 
 
-def _read_upload(path: str, name: str, *, max_bytes: int, max_pixels: int):
-    return read_picture(path, max_bytes=max_bytes, max_pixels=max_pixels, name=name)
+def _read_upload(path: str, name: str, **limits: int) -> tuple[Picture, ...]:
+    return read_pictures(path, name=name, **limits)
 
 
 def redraw_s(stream: PayloadStream) -> float:

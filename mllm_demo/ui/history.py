@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from mllm_demo.chat.messages import Conversation, Message, Picture
 
 History = list[dict]
-ReadPicture = Callable[[str, str], Picture]
+# Path and name of a file to the pictures in it: one, or frames of a moving picture.
+ReadPictures = Callable[[str, str], Sequence[Picture]]
 
 # Gradio draws messages as Markdown with HTML in it. An invisible joiner after "<" and "!" keeps tags and pictures
 # as the letters they are, so that no words, of a person or a model, make the browser fetch anything.
@@ -71,7 +72,7 @@ def is_remark(message: Mapping) -> bool:
     return bool((message.get("metadata") or {}).get("title"))
 
 
-def conversation(history: History, read: ReadPicture) -> Conversation:
+def conversation(history: History, read: ReadPictures) -> Conversation:
     """What the model is asked: a person's messages in a row are one turn, questions that failed are left out.
 
     Pictures beside an answer were drawn by the page; no model said or saw them.
@@ -83,7 +84,7 @@ def conversation(history: History, read: ReadPicture) -> Conversation:
                 messages.pop()
             continue
         files = files_of(message) if message["role"] == "user" else []
-        parts = [read(path, name) for path, name in files]
+        parts = [picture for path, name in files for picture in read(path, name)]
         parts += [text] if (text := text_of(message)) else []
         if messages and messages[-1].role == message["role"]:
             parts = [*messages.pop().content, *parts]

@@ -20,7 +20,7 @@ from mllm_demo.ui.theme import CSS, JS, make_theme
 log = logging.getLogger(__name__)
 
 ASSETS = Path(__file__).parents[2] / "assets"
-IMAGE_SUFFIXES = [".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"]
+IMAGE_SUFFIXES = [".jpg", ".jpeg", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff"]
 SAMPLE = "sample_trace.safetensors"
 # Uploads and traces lie on the server's disk for at most this long.
 DELETE_CACHE_EVERY_S, DELETE_CACHE_AFTER_S = 900, 6 * 3600
@@ -121,7 +121,8 @@ def _chat(examples: list[dict]) -> tuple[gr.Chatbot, gr.HTML, gr.MultimodalTextb
         show_label=False,
         placeholder=words.PLACEHOLDER_INPUT,
         sources=["upload"],
-        file_types=["image", *IMAGE_SUFFIXES],
+        # A video file is not read, but the refusal says what to do; the browser's own would not.
+        file_types=["image", "video", *IMAGE_SUFFIXES],
         file_count="multiple",
         max_lines=6,
         max_plain_text_length=20000,

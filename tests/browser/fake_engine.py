@@ -179,7 +179,7 @@ class FakeEngine:
             self.ended.set()
 
     def _answer(self, messages, question, sampling, stop):
-        images = [TraceImage(p.png, p.width, p.height) for p in pictures(messages)]
+        images = [TraceImage(p.png, p.width, p.height, p.label) for p in pictures(messages)]
         tokens = prompt(question, images)
         plain = "plain" in question
         where = sites("sequence") if "sequence" in question else sites()

@@ -51,7 +51,7 @@ def test_every_flag_arrives():
     flags = (
         "--model owner/name --adapter a --quantization fp4 --device cpu --host 0.0.0.0 --port 8000 --share "
         "--auth me:a:secret --max-new-tokens 7 --queue-size 3 --timeout 9.5 --cache-dir /tmp/weights "
-        "--expert-quantization none --awaker-gate steady"
+        "--expert-quantization none --awaker-gate steady --frames 6"
     )
     assert cli.server_settings(flags.split(), {}) == Settings(
         choice=ModelChoice("owner/name", "a", "fp4", "cpu", expert_quantization="none", awaker_gate="steady"),
@@ -62,6 +62,7 @@ def test_every_flag_arrives():
         auth=("me", "a:secret"),
         queue_size=3,
         timeout_s=9.5,
+        frames=6,
         cache_dir=Path("/tmp/weights"),
     )
 
@@ -82,6 +83,7 @@ def test_every_flag_has_a_variable_and_the_flag_wins():
         "MLLM_DEMO_QUEUE_SIZE": "2",
         "MLLM_DEMO_TIMEOUT": "1.5",
         "MLLM_DEMO_CACHE_DIR": "/tmp/c",
+        "MLLM_DEMO_FRAMES": "8",
     }
     expected = Settings(
         choice=ModelChoice("m", "a", "int8", "cuda", expert_quantization="nf4", awaker_gate="steady"),
@@ -92,6 +94,7 @@ def test_every_flag_has_a_variable_and_the_flag_wins():
         auth=("u", "p"),
         queue_size=2,
         timeout_s=1.5,
+        frames=8,
         cache_dir=Path("/tmp/c"),
     )
     assert cli.server_settings([], environ) == expected
@@ -119,6 +122,7 @@ def test_hosts_tell_where_to_listen_by_their_own_variables(environ, host, port):
         (["--modle", "x"], {}, "Unrecognized arguments: --modle"),
         (["--port", "many"], {}, "invalid int value: 'many'"),
         (["--port", "0"], {}, "port must be 1 to 65535"),
+        (["--frames", "0"], {}, "frames of a moving picture must be 1 to 32"),
         (["--quantization", "int4"], {}, "invalid choice: 'int4'"),
         (["--device"], {}, "expected one argument"),
         (["--auth", "nocolon"], {}, "must look like user:password"),

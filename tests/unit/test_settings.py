@@ -43,6 +43,8 @@ def test_settings_cannot_be_changed_after_the_start(value):
         (Settings, "timeout_s", 0),
         (Settings, "max_upload_mb", 0),
         (Settings, "max_image_megapixels", 0),
+        (Settings, "frames", 0),
+        (Settings, "frames", 33),
     ],
 )
 def test_a_value_out_of_range_is_refused_in_one_sentence(kind, field, value):

@@ -2,7 +2,9 @@
 
 A family returns one `Place` for each image token, in reading order, or None when the tokens are not those it
 expects; `places` then falls back to `by_runs`, which knows pictures but no boxes. Every number comes from
-the processor or from what it returned. It knows nothing of text, roles or routing.
+the processor or from what it returned. Tokens of videos do not occur: a model is shown frames, each as a picture
+of its own, and a video's placeholder that a person types is broken up before any processor reads it (`chat.prompt`).
+It knows nothing of text, roles or routing.
 """
 
 import math

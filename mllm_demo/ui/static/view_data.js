@@ -71,6 +71,15 @@ class Trace {
     });
   }
 
+  // "image 2", or, of a moving picture, "frame 2 of 4, 0.8 s"; numbered where two would otherwise be called alike.
+  imageName(image) {
+    if (image === null) return "unknown image";
+    const labels = this.images.map(({ label }) => label).filter(Boolean);
+    const { label } = this.images[image];
+    if (!label) return `image ${image + 1}`;
+    return new Set(labels).size === labels.length ? label : `image ${image + 1}, ${label}`;
+  }
+
   // Row of `token` in the arrays of site `s`: a sequence-level choice has one row for the prompt, one for the answer.
   row(s, token) {
     if (this.sites[s].granularity !== "sequence") return token;
@@ -187,6 +196,8 @@ function scaleColor(stops, at) {
   const i = Math.min(stops.length - 2, Math.floor(x));
   return mix(hexToRgb(stops[i]), hexToRgb(stops[i + 1]), x - i);
 }
+
+function capital(text) { return text[0].toUpperCase() + text.slice(1); }
 
 // A token's text with the invisible made visible; for drawing through textContent only.
 function visible(text) {

@@ -56,7 +56,7 @@ function createImageView(root, view) {
       picks.append(button);
     };
     if (passes.length > 1) passes.forEach((_, image) =>
-      add(`Image ${image + 1}`, image === shown.image, () => { shown = { image, pass: 0 }; draw(); }));
+      add(capital(view.trace.imageName(image)), image === shown.image, () => { shown = { image, pass: 0 }; draw(); }));
     const here = passes[shown.image] || [];
     if (here.length > 1) here.forEach((tokens, pass) =>
       add(`${tokens.length} patches`, pass === shown.pass, () => { shown = { ...shown, pass }; draw(); }));
@@ -87,13 +87,13 @@ function createImageView(root, view) {
     if (picture.src) {
       const img = make("img");
       img.src = picture.src;
-      img.alt = `Image ${shown.image + 1} of the conversation`;
+      img.alt = `${capital(view.trace.imageName(shown.image))} of the conversation`;
       frame.append(img);
     }
     const grid = gridOf(tokens);
     const group = make("div", "rv-patches");
     group.setAttribute("role", "group");
-    group.setAttribute("aria-label", `Patches of image ${shown.image + 1}`);
+    group.setAttribute("aria-label", `Patches of ${view.trace.imageName(shown.image)}`);
     tokens.forEach((token, i) => {
       const [x0, y0, x1, y1] = token.box;
       const button = make("button", "rv-patch");

@@ -52,7 +52,7 @@ function createRoutingView(element, props, watch) {
     describe(token, s, most = Infinity) {
       const { block, granularity } = view.trace.sites[s];
       const { text, modality, image, index } = view.trace.tokens[token];
-      const patch = view.trace.images.length > 1 ? `patch of image ${image + 1}` : "patch";
+      const patch = view.trace.images.length > 1 ? `patch of ${view.trace.imageName(image)}` : "patch";
       const name = modality === "image" ? patch : `“${visible(text)}”`;
       const half = view.trace.tokens[token].decoded ? "whole answer" : "whole prompt";
       const whole = view.trace.choseTwice(s) ? half : "whole conversation";

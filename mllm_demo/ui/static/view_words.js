@@ -57,7 +57,7 @@ function createWordsView(root, view) {
     }
     strip.tokens.push(token.index);
     strip.button.dataset.token = strip.tokens[0];
-    const count = `image ${token.image + 1} · ${strip.tokens.length} tokens`;
+    const count = `${view.trace.imageName(token.image)} · ${strip.tokens.length} tokens`;
     strip.label.textContent = count;
     strip.button.setAttribute("aria-label", count);
     byToken[token.index] = strip;

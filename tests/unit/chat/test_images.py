@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mllm_demo.chat.images import MAX_SIDE, read_picture
+from mllm_demo.chat.images import MAX_FRAMES_READ, MAX_SIDE, evenly_spaced, read_picture, read_pictures
 from mllm_demo.errors import ImageError
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
@@ -229,3 +229,182 @@ def test_pillows_own_limits_are_left_as_they_were():
 def test_reading_a_picture_needs_no_torch():
     code = "import sys, mllm_demo.chat.images, mllm_demo.chat.messages; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# Moving pictures
+
+
+def moving(kind="GIF", colours=("red", "lime", "blue", "yellow", "cyan"), durations=100, **options) -> bytes:
+    """One frame per colour, each with a black corner and a stripe of its own, so that none is merged with another."""
+    frames = [Image.new("RGB", (40, 30), colour) for colour in colours]
+    for number, frame in enumerate(frames):
+        frame.paste("black", (0, 0, 5, 5))
+        frame.paste("white", (number, 28, number + 1, 30))
+    options |= {"lossless": True} if kind == "WEBP" else {}
+    return encoded(frames[0], kind, save_all=True, append_images=frames[1:], duration=durations, **options)
+
+
+def frames_of(data, max_frames=4, max_bytes=10**7, max_pixels=10**6, name="clip.gif"):
+    return read_pictures(data, max_bytes=max_bytes, max_pixels=max_pixels, max_frames=max_frames, name=name)
+
+
+def refused_frames(data, *words, **limits):
+    with pytest.raises(ImageError) as caught:
+        frames_of(data, **limits)
+    sentence = str(caught.value)
+    assert "clip.gif" in sentence and sentence.endswith(".") and "\n" not in sentence
+    for word in words:
+        assert word in sentence, sentence
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+def test_a_moving_picture_is_read_as_evenly_spaced_frames_that_say_when_they_are_shown(kind):
+    shown = frames_of(moving(kind, durations=[100, 200, 300, 400, 500]), 3)
+    assert [frame.label for frame in shown] == ["frame 1 of 3, 0.0 s", "frame 2 of 3, 0.3 s", "frame 3 of 3, 1.0 s"]
+    assert [pixel(frame, 20, 15) for frame in shown] == [RED, (0, 0, 255), (0, 255, 255)]
+    assert all(pixel(frame, 2, 2) == (0, 0, 0) and frame.name == "clip.gif" for frame in shown)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+def test_a_short_one_shows_all_its_frames_once(kind):
+    shown = frames_of(moving(kind), 8)
+    assert [frame.label[:12] for frame in shown] == [f"frame {n} of 5" for n in range(1, 6)]
+    assert len({frame.digest for frame in shown}) == 5
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+def test_with_one_frame_it_is_its_first_picture_and_no_more_is_decoded(kind):
+    (only,) = frames_of(moving(kind), 1, max_pixels=40 * 30)
+    assert only == read(moving(kind), name="clip.gif") and only.label == "" and pixel(only, 20, 15) == RED
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_a_picture_that_does_not_move_is_one_ordinary_picture(kind):
+    data = encoded(Image.new("RGB", (30, 20), RED), kind)
+    assert frames_of(data) == (read(data, name="clip.gif"),)
+
+
+def test_an_animation_of_one_frame_is_an_ordinary_picture():
+    (only,) = frames_of(moving(colours=["red"]))
+    assert only.label == "" and pixel(only, 20, 15) == RED
+
+
+def test_pages_of_a_tiff_are_no_moving_picture():
+    pages = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    assert len(frames_of(encoded(pages[0], "TIFF", save_all=True, append_images=pages[1:]))) == 1
+
+
+def test_the_still_picture_in_front_of_an_animated_png_is_not_one_of_its_frames():
+    shown = frames_of(moving("PNG", default_image=True), 8)
+    assert [pixel(frame, 20, 15) for frame in shown][:2] == [(0, 255, 0), (0, 0, 255)] and len(shown) == 4
+
+
+def test_frames_that_ask_for_no_time_are_timed_as_browsers_show_them():
+    first, last = frames_of(moving(durations=0), 2)
+    assert (first.label, last.label) == ("frame 1 of 2, 0.0 s", "frame 2 of 2, 0.4 s")
+
+
+@pytest.mark.parametrize("most", range(1, 12))
+@pytest.mark.parametrize("durations", [[0.1] * 9, [5, 0.1, 0.1, 0.1, 7, 0.2], [0.1, 9], [0.011] * 5, [3], [0.3] * 31])
+def test_frames_are_chosen_once_each_in_order_with_both_ends(durations, most):
+    begins = np.cumsum([0, *durations[:-1]]).tolist()
+    chosen = evenly_spaced(begins, most)
+    assert len(chosen) == min(most, len(begins)) and chosen == sorted(set(chosen)) and chosen[0] == 0
+    assert most == 1 or chosen[-1] == len(begins) - 1
+
+
+def test_equal_durations_give_equal_steps():
+    assert evenly_spaced(np.cumsum([0] + [0.1] * 12).tolist(), 4) == [0, 4, 8, 12]
+    assert evenly_spaced(np.cumsum([0] + [0.1] * 30).tolist(), 4) == [0, 10, 20, 30]
+
+
+def test_frames_are_as_far_apart_in_time_as_they_can_be_not_in_number():
+    assert evenly_spaced([0, 0.1, 0.2, 0.3, 10, 20, 30], 4) == [0, 4, 5, 6]
+    # The first frame stays for so long that it would be seen three times.
+    assert evenly_spaced([0, 100, 101, 102, 103], 4) == [0, 1, 2, 4]
+
+
+def test_parts_of_frames_are_laid_over_what_stood_there_before():
+    """A GIF stores of a later frame only what changed; what is shown is the whole picture."""
+    frames = [Image.new("RGB", (40, 30), "white") for _ in range(3)]
+    for number, frame in enumerate(frames):
+        frame.paste("red", (10 * number, 10, 10 * number + 8, 18))
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:], duration=100)
+    for shown, drawn in zip(frames_of(data), frames, strict=True):
+        np.testing.assert_array_equal(np.asarray(shown.to_pil()), np.asarray(drawn))
+
+
+def test_transparent_frames_are_laid_on_white():
+    frames = [Image.new("RGBA", (40, 30), (255, 0, 0, 0)) for _ in range(2)]
+    frames[1].paste((255, 0, 0, 255), (0, 0, 20, 30))
+    for kind in ("GIF", "WEBP", "PNG"):
+        data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], duration=100, disposal=2)
+        first, second = frames_of(data)
+        assert near(pixel(first, 5, 5), WHITE) and near(pixel(second, 30, 5), WHITE) and near(pixel(second, 5, 5), RED)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+def test_more_pixels_over_all_frames_than_four_pictures_have_are_refused(kind):
+    assert len(frames_of(moving(kind), 2, max_pixels=1500)) == 2  # 5 frames of 1,200
+    refused_frames(moving(kind), "0.005", "megapixels", "shorten", max_pixels=1499 - 249)
+
+
+def test_too_many_frames_are_refused_after_that_many():
+    frames = [Image.new("P", (2, 2), number % 7) for number in range(MAX_FRAMES_READ + 1)]
+    colours = [part for number in range(7) for part in (30 * number, 0, 0)]
+    for frame in frames:
+        frame.putpalette(colours)
+    refused_frames(
+        encoded(frames[0], "GIF", save_all=True, append_images=frames[1:], duration=20), str(MAX_FRAMES_READ), "shorten"
+    )
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+def test_a_later_frame_that_is_broken_or_missing_is_one_sentence(kind):
+    noise = np.random.default_rng(3).integers(0, 255, (4, 40, 40, 3), dtype=np.uint8)
+    images = [Image.fromarray(frame) for frame in noise]
+    data = encoded(images[0], kind, save_all=True, append_images=images[1:], duration=100)
+    assert len(frames_of(data)) == 4
+    for share in (0.4, 0.6, 0.95):
+        refused_frames(data[: int(share * len(data))], "save it again")
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+def test_damaged_animations_never_raise_anything_else(kind):
+    rng = np.random.default_rng(4)
+    data = moving(kind)
+    for _ in range(150):
+        broken = np.frombuffer(data, np.uint8).copy()
+        broken[rng.integers(0, len(broken), 3)] = rng.integers(0, 256, 3)
+        try:
+            assert 1 <= len(frames_of(broken.tobytes())) <= 4
+        except ImageError as error:
+            assert str(error).endswith(".")
+
+
+def test_a_later_gif_frame_larger_than_the_header_says_is_refused():
+    data = moving(colours=["red", "lime"])
+    at = data.rindex(b",\0\0\0\0")  # where the second frame lies
+    refused_frames(data[: at + 5] + struct.pack("<HH", 60_000, 60_000) + data[at + 9 :])
+
+
+VIDEOS = {
+    "mp4": b"\0\0\0\x20ftypisom\0\0\2\0isomiso2avc1mp41",
+    "mov": b"\0\0\0\x14ftypqt  \0\0\2\0qt  ",
+    "old mov": b"\0\0\0\x08wide\0\0\0\0mdat",
+    "webm": b"\x1a\x45\xdf\xa3\x9f\x42\x86\x81\x01",
+    "avi": b"RIFF\0\0\0\0AVI LIST",
+    "ogv": b"OggS\0\2\0\0\0\0\0\0",
+    "mpg": b"\0\0\x01\xba\x44\0\4\0",
+}
+
+
+@pytest.mark.parametrize("data", VIDEOS.values(), ids=VIDEOS)
+def test_a_video_file_is_told_from_a_picture_and_says_what_to_do(data):
+    refused_frames(data + b"\0" * 100, "video file", "animated GIF", "single frames")
+    refused_frames(data + b"\0" * 100, "video file", max_bytes=20)
+
+
+@pytest.mark.parametrize("brand", [b"heic", b"avif"])
+def test_a_picture_in_the_container_of_a_video_is_no_video(brand):
+    refused_frames(b"\0\0\0\x20ftyp" + brand + b"\0" * 100, "not a picture this program reads")

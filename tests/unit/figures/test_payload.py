@@ -111,7 +111,7 @@ def test_a_choice_for_the_whole_sequence_is_a_row_for_the_prompt_and_one_for_the
 
 def test_a_picture_that_cannot_be_read_becomes_a_blank_of_its_size():
     payload = PayloadStream("file").update(make_trace([" a"], png=b"not a picture"), live=False)
-    assert payload["images"] == [{"src": "", "width": 4, "height": 4}]
+    assert payload["images"] == [{"src": "", "width": 4, "height": 4, "label": ""}]
 
 
 def test_a_picture_travels_as_a_data_url():

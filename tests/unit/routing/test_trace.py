@@ -73,6 +73,20 @@ def test_a_trace_comes_back_from_its_file_unchanged(file):
     assert loaded.save(file).read_bytes() == file.read_bytes()
 
 
+def test_which_frame_of_a_moving_picture_an_image_is_comes_back_too(tmp_path):
+    image = TraceImage(b"\x89PNG bytes", 21, 40, "frame 2 of 4, 0.8 s")
+    assert RoutingTrace.load(make(images=(image,)).save(tmp_path / "t.safetensors")).images == (image,)
+
+
+def test_a_file_from_before_images_had_labels_is_read(file):
+    with safe_open(file, framework="np") as opened:
+        header = dict(opened.metadata())
+        arrays = {key: opened.get_tensor(key) for key in opened.keys()}
+    del header["image_labels"]
+    save_file(arrays, file, metadata=header)
+    assert RoutingTrace.load(file).equals(make())
+
+
 def test_a_difference_of_one_bit_is_noticed():
     other = {name: array.copy() for name, array in make().router_probs.items()}
     array = other["layers.1.mlp"]
@@ -214,6 +228,8 @@ def long_tokens(file):
         (lambda file: rewrite(file, {"sites": '{"a": 1}'}), "not a readable routing trace"),
         (lambda file: rewrite(file, {"images": "[[0, 4]]"}), "cannot be 0 x 4 pixels"),
         (lambda file: rewrite(file, {"provenance": "[]"}), "provenance is not a table"),
+        (lambda file: rewrite(file, {"image_labels": '["", ""]'}), "not a readable routing trace"),
+        (lambda file: rewrite(file, {"image_labels": "[7]"}), "label must be a string, not 7"),
         (long_tokens, r"expected float16 \[10, 4\]"),
         (lambda file: rewrite(file, drop=["router_probs/layers.0.mlp"]), "lacks 'router_probs/layers.0.mlp'"),
         (lambda file: rewrite(file, arrays={"x": np.zeros(1)}), "holds an unknown entry 'x'"),

@@ -5,7 +5,9 @@ from mllm_demo.ui import history as chat
 
 
 def read(path, name):
-    return Picture(path.encode(), 1, 1, name)
+    """The files named "moving" have two frames."""
+    labels = ("frame 1 of 2", "frame 2 of 2") if "moving" in name else ("",)
+    return tuple(Picture(path.encode(), 1, 1, name, label) for label in labels)
 
 
 def stored(message):
@@ -24,6 +26,13 @@ def test_pictures_and_text_of_one_turn_are_one_message_in_order():
     (message,) = chat.conversation(history, read)
     assert [part.name for part in message.pictures] == ["a.png", "b.png"]
     assert message.content[-1] == "which is red?"
+
+
+def test_frames_of_a_moving_picture_stand_where_it_stood():
+    history = as_given_back(*chat.user_messages("which is red?", ["/a.png", "/moving.gif", "/b.png"]))
+    (message,) = chat.conversation(history, read)
+    shown = [picture.label or picture.name for picture in message.pictures]
+    assert shown == ["a.png", "frame 1 of 2", "frame 2 of 2", "b.png"]
 
 
 def test_turns_alternate():
