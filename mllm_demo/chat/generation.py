@@ -6,7 +6,7 @@ It knows nothing of queues or of who asks; `chat.engine` sees to it that one ans
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -29,6 +29,16 @@ from mllm_demo.settings import Sampling
 TRACE_EVERY_S = 0.4
 # A trace may cost at most this share of the time, however slow the machine.
 TRACE_TIME_SHARE = 0.1
+# Settings of `generate` that nobody is asked about, at the values that change nothing: for all answers, for drawn ones.
+NEUTRAL = {
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
+    "guidance_scale": 1.0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+}
+NEUTRAL_WHEN_DRAWN = {"min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
 
 _log = logging.getLogger(__name__)
 
@@ -103,7 +113,7 @@ def _answer(
         )
         # One step more than is shown: it reads the last token that is, so that this one has its routing too.
         extra = 1 if tap.sites else 0
-        config = _generation_config(loaded, sampling, prompt.max_new_tokens + extra)
+        config = generation_config(loaded, sampling, prompt.max_new_tokens + extra)
         cuda = [loaded.device] if loaded.device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda), routed_region(loaded, prompt):
             torch.manual_seed(sampling.seed)
@@ -256,8 +266,13 @@ def _end_tokens(loaded: LoadedModel) -> list[int]:
     return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
 
 
-def _generation_config(loaded: LoadedModel, sampling: Sampling, max_new_tokens: int) -> GenerationConfig:
-    """Only what `sampling` says: every value is given, since `generate` fills gaps with the model's own habits."""
+def generation_config(
+    loaded: LoadedModel, sampling: Sampling, max_new_tokens: int, never: Sequence[int] = ()
+) -> GenerationConfig:
+    """Only what `sampling` says: every number is given, since `generate` fills gaps with the model's own habits.
+
+    Lists of tokens that a checkpoint never or always writes are kept. `never`: ids that may not come out.
+    """
     ends = _end_tokens(loaded)
     pad = loaded.processor.tokenizer.pad_token_id
     drawn = sampling.temperature > 0
@@ -273,6 +288,9 @@ def _generation_config(loaded: LoadedModel, sampling: Sampling, max_new_tokens: 
         use_cache=True,
         eos_token_id=ends or None,
         pad_token_id=pad if pad is not None else (ends or [0])[0],
+        suppress_tokens=list(never) or None,
+        **NEUTRAL,
+        **(NEUTRAL_WHEN_DRAWN if drawn else {}),
     )
 
 

@@ -3,6 +3,7 @@
 Numpy only, no loop over tokens. It knows nothing of why the traces differ.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +24,16 @@ class Divergence(NamedTuple):
 
     site: Site
     tokens: int
+    first_changed: float
+    set_changed: float
+    variation: float
+    largest: float
+
+
+class Summary(NamedTuple):
+    """Several routers as one: means of what a `Divergence` holds, and the largest distance of any."""
+
+    routers: int
     first_changed: float
     set_changed: float
     variation: float
@@ -59,3 +70,17 @@ def merged(parts: list[tuple[Divergence, ...]]) -> tuple[Divergence, ...]:
         means = np.average([row[2:5] for row in same], axis=0, weights=weights)
         rows.append(Divergence(same[0].site, int(weights.sum()), *map(float, means), max(row.largest for row in same)))
     return tuple(rows)
+
+
+def summary(rows: Iterable[Divergence]) -> Summary:
+    """Routers that have read the same tokens, each counted once."""
+    rows = list(rows)
+    means = np.mean([row[2:5] for row in rows], axis=0)
+    return Summary(len(rows), *map(float, means), max(row.largest for row in rows))
+
+
+def by_block(rows: Iterable[Divergence]) -> dict[str, Summary]:
+    """One summary for each kind of block, in the order in which the model has them."""
+    rows = list(rows)
+    kinds = dict.fromkeys(row.site.block for row in rows)
+    return {kind: summary(row for row in rows if row.site.block == kind) for kind in kinds}
