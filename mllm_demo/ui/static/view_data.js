@@ -32,6 +32,7 @@ class Trace {
   read(payload) {
     Object.assign(this, { colors: payload.colors, scale: payload.scale, kinds: payload.kinds });
     Object.assign(this, { images: payload.images, live: payload.live, kind: payload.kind, note: payload.note });
+    this.imageNames = Trace.namesOf(payload.images);
     let same = 0;
     while (same < this.ids.length && same < payload.parts.length && this.ids[same] === payload.parts[same].id) same++;
     const from = same < this.ids.length ? this.starts[same] : this.tokens.length;
@@ -72,13 +73,13 @@ class Trace {
   }
 
   // "image 2", or, of a moving picture, "frame 2 of 4, 0.8 s"; numbered where two would otherwise be called alike.
-  imageName(image) {
-    if (image === null) return "unknown image";
-    const labels = this.images.map(({ label }) => label).filter(Boolean);
-    const { label } = this.images[image];
-    if (!label) return `image ${image + 1}`;
-    return new Set(labels).size === labels.length ? label : `image ${image + 1}, ${label}`;
+  static namesOf(images) {
+    const labels = images.map(({ label }) => label).filter(Boolean);
+    const alike = new Set(labels).size < labels.length;
+    return images.map(({ label }, i) => (label && !alike ? label : [`image ${i + 1}`, label].filter(Boolean).join(", ")));
   }
+
+  imageName(image) { return image === null ? "unknown image" : this.imageNames[image]; }
 
   // Row of `token` in the arrays of site `s`: a sequence-level choice has one row for the prompt, one for the answer.
   row(s, token) {

@@ -47,6 +47,8 @@ function createImageView(root, view) {
   }
 
   function drawPicks() {
+    const focused = [...picks.children].indexOf(document.activeElement);
+    const scrolled = picks.scrollTop;
     picks.replaceChildren();
     const add = (label, pressed, onclick) => {
       const button = make("button", "rv-chip", label);
@@ -60,6 +62,10 @@ function createImageView(root, view) {
     const here = passes[shown.image] || [];
     if (here.length > 1) here.forEach((tokens, pass) =>
       add(`${tokens.length} patches`, pass === shown.pass, () => { shown = { ...shown, pass }; draw(); }));
+    picks.scrollTop = scrolled;
+    if (picks.children[focused]) picks.children[focused].focus({ preventScroll: true });
+    const [box, on] = [picks, picks.children[shown.image]].map((node) => node && node.getBoundingClientRect());
+    if (on && (on.top < box.top || on.bottom > box.bottom)) picks.scrollTop += on.top - box.top - box.height / 2;
   }
 
   function draw() {

@@ -59,7 +59,7 @@ function createLayersView(root, view) {
   function bands() {
     const found = [];
     view.trace.tokens.forEach((token, x) => {
-      const name = token.modality === "image" ? `image ${token.image + 1}` : token.role;
+      const name = token.modality === "image" ? view.trace.imageName(token.image) : token.role;
       const last = found[found.length - 1];
       if (last && last.name === name) last.to = x + 1;
       else found.push({ name, image: token.modality === "image", answer: token.decoded, from: x, to: x + 1 });
@@ -94,7 +94,9 @@ function createLayersView(root, view) {
       p.fillRect(x + 0.5, 19, Math.max(1, width - 1), 4);
       p.globalAlpha = 0.8;
       const start = Math.max(x, Math.min(scroll.scrollLeft, x + width)) + 1;
-      if (p.measureText(band.name).width <= x + width - start - 1) p.fillText(band.name, start, 9);
+      const fits = (name) => p.measureText(name).width <= x + width - start - 1;
+      const name = [band.name, band.name.split(",")[0]].find(fits);
+      if (name) p.fillText(name, start, 9);
       p.globalAlpha = 1;
     }
   }

@@ -120,7 +120,7 @@ function createRoutingView(element, props, watch) {
     parts.now.textContent = view.describe(view.token, view.siteIndex());
     const whole = view.site().granularity === "sequence";
     root.dataset.whole = String(whole);
-    root.dataset.many = String(view.site().k > 1);
+    root.dataset.long = String(view.site().k > 1 || view.trace.images.length > 1);
     const choices = view.twice() ? "two choices in each layer: for the prompt and for the answer"
       : "one choice in each layer, for the whole conversation";
     find(".rv-layers .rv-hint").textContent = whole ? choices : "tokens from left to right, layers from top to bottom";

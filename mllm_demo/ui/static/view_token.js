@@ -10,8 +10,9 @@ function createTokenView(root, view) {
     const picture = token.image === null ? null : view.trace.images[token.image];
     if (picture && picture.src && token.box) head.append(cropOf(picture, token.box));
     const words = make("div", "rv-token-words");
-    words.append(make("div", "rv-token-text", token.modality === "image" ? (view.trace.images.length > 1 ? `patch of ${view.trace.imageName(token.image)}` : "image patch") : `“${visible(token.text)}”`));
-    const about = [`token ${token.index}`, token.modality, token.decoded ? "written by the model" : token.role === "answer" ? "earlier answer" : token.role];
+    words.append(make("div", "rv-token-text", token.modality === "image" ? "image patch" : `“${visible(token.text)}”`));
+    const kind = token.modality === "image" && view.trace.images.length > 1 ? view.trace.imageName(token.image) : token.modality;
+    const about = [`token ${token.index}`, kind, token.decoded ? "written by the model" : token.role === "answer" ? "earlier answer" : token.role];
     words.append(make("div", "rv-token-about", about.join(" · ")));
     head.append(words);
     return head;
