@@ -262,6 +262,16 @@ CATALOGUE = (
         note="64 experts a layer, 6 a token, and two for all; a 16 GB GPU.",
     ),
     CatalogueEntry(
+        "gemma-4-26b-a4b",
+        "Gemma 4 26B-A4B Instruct",
+        "google/gemma-4-26B-A4B-it",
+        parameters=25806,
+        unquantized=766,
+        cache_mb=225,
+        licence="Apache-2.0",
+        note="128 experts a layer, 8 a token; a 16 GB GPU.",
+    ),
+    CatalogueEntry(
         "ernie-4.5-vl-28b-a3b",
         "ERNIE 4.5 VL 28B-A3B",
         "baidu/ERNIE-4.5-VL-28B-A3B-PT",
