@@ -59,9 +59,11 @@ def make_prompt(loaded: LoadedModel, messages: Conversation, max_new_tokens: int
     ids = tuple(inputs["input_ids"][0].tolist())
     room = loaded.context_length - len(ids)
     if room < min(MIN_ANSWER_TOKENS, max_new_tokens):
+        moving = any(picture.label for picture in pictures(messages))
+        fewer = ", or show fewer frames of a moving picture (--frames)" if moving else ""
         raise ContextLengthError(
             f"The conversation takes {len(ids)} tokens with {len(images)} pictures, and {loaded.title} reads "
-            f"{loaded.context_length} with its answer; start a new chat, or remove pictures or earlier messages."
+            f"{loaded.context_length} with its answer; start a new chat, or remove pictures or earlier messages{fewer}."
         )
     return Prompt(inputs.to(loaded.device, getattr(torch, loaded.dtype)), ids, messages, min(max_new_tokens, room))
 

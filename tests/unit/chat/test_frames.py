@@ -9,7 +9,7 @@ from mllm_demo.chat.events import Finished
 from mllm_demo.chat.images import read_pictures
 from mllm_demo.chat.messages import Message
 from mllm_demo.chat.prompt import make_prompt, without_control_tokens
-from mllm_demo.errors import GenerationError
+from mllm_demo.errors import ContextLengthError, GenerationError
 from mllm_demo.figures.payload import PayloadStream
 from mllm_demo.routing.trace import RoutingTrace
 from mllm_demo.settings import Sampling
@@ -120,6 +120,14 @@ def test_a_model_that_reads_one_picture_says_so_and_what_to_do(refuse):
     said = str(refused.value)
     assert "does not take 3 pictures" in said and "One" in said and "--frames 1" in said
     assert said.endswith(".") and "\n" not in said
+
+
+def test_frames_that_do_not_fit_into_the_context_are_refused_with_the_way_out():
+    loaded = tiny_loaded(context_length=40)
+    with pytest.raises(ContextLengthError, match=r"with 3 pictures, and Tiny reads 40 .* \(--frames\)\.$"):
+        make_prompt(loaded, question("What happens?", *clip(*spots())), 8)
+    with pytest.raises(ContextLengthError, match=r"or earlier messages\.$"):
+        make_prompt(loaded, question("What happens?", *[picture(30, 20)] * 3), 8)
 
 
 def test_a_model_whose_template_drops_all_pictures_but_one_is_refused_not_wrong():
