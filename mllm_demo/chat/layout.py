@@ -5,8 +5,9 @@ Image tokens are placed by the processor's family (`chat.layouts.families`). It 
 
 from collections.abc import Mapping, Sequence
 
-from mllm_demo.chat.layouts.families import Place, Prompt, places
+from mllm_demo.chat.layouts.families import places
 from mllm_demo.chat.layouts.pieces import token_texts
+from mllm_demo.chat.layouts.places import Place, Prompt
 from mllm_demo.chat.layouts.roles import roles
 from mllm_demo.chat.messages import Conversation, pictures
 from mllm_demo.routing.trace import Token

@@ -1,0 +1,155 @@
+"""Processors whose pictures need torchvision: with it, bright spots are found again; without, tokens are synthetic.
+
+The spots are those of `test_native_layouts`. What runs everywhere are tokens that the processor itself writes, for
+tiles counted by hand.
+"""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from transformers import DeepseekOcr2ImageProcessorPil, DeepseekOcr2Processor
+from transformers.utils import is_torchvision_available
+
+from mllm_demo.chat.layout import prompt_tokens
+
+# Without torchvision transformers makes a new stand-in for these classes at every import.
+from mllm_demo.chat.layouts.families import MuseSparkProcessor, Step3p7Processor
+from mllm_demo.chat.messages import Message
+from tests.unit.chat.test_layout import CONFIG, SIZES, SPECIAL, chat, cover, inner, picture, read, seen, tokenizer
+from tests.unit.chat.test_native_layouts import cells, named
+
+if is_torchvision_available():
+    from transformers import MuseGlimmerImageProcessor, Step3p7ImageProcessor
+else:
+    MuseGlimmerImageProcessor = Step3p7ImageProcessor = None
+
+with_torchvision = pytest.mark.skipif(not is_torchvision_available(), reason="its image processor needs torchvision")
+LINE = (200, 20)
+
+
+class WithoutVideo:
+    """With pictures only."""
+
+    def check_argument_for_proper_class(self, argument_name, argument):
+        return type(argument)
+
+
+class Step(WithoutVideo, Step3p7Processor):
+    """Whatever its image processor is."""
+
+
+class Muse(WithoutVideo, MuseSparkProcessor):
+    """Whatever its image processor is."""
+
+
+def step(images=None):
+    """A token stands for 8 x 8 pixels: 6 x 6 for the whole picture, 4 x 4 for a tile of 32 pixels."""
+    sizes = {"size": {"height": 48, "width": 48}, "patch_size": 32, "vision_patch_size": 4, "downsampler_stride": 2}
+    if images is None:
+        images = SimpleNamespace(**sizes, _is_extreme_aspect=lambda width, height: width == 120)
+    else:
+        images = images(**sizes, do_normalize=False)
+    marks = ["<im_patch>", "<patch_start>", "<patch_end>", "<patch_newline>", "<im_start>", "<im_end>"]
+    return Step(images, tokenizer([*SPECIAL, *marks]), chat_template=chat("<im_patch>"))
+
+
+def muse(images=None):
+    names = {"image_token": "<|patch|>", "image_start_token": "<|image_start|>", "image_end_token": "<|image_end|>"}
+    declared = {"patch_size": 4, "merge_size": 2}
+    images = images(**declared, max_image_tokens=256, do_normalize=False) if images else SimpleNamespace(**declared)
+    other = SimpleNamespace(num_frames=1, fps=1, model_input_names=[])
+    return Muse(images, other, named(names), other, chat_template=chat("<|patch|>"))
+
+
+def brightness(processor, inputs) -> np.ndarray:
+    """[image tokens] of one picture: how bright the input behind each token is."""
+    pixels = inputs["pixel_values"].double().numpy()
+    if "image_grid_thw" in inputs:
+        _, rows, cols = inputs["image_grid_thw"][0].tolist()
+        merge = processor.image_processor.merge_size
+        return cells(pixels.mean(axis=1).reshape(1, rows, cols), rows // merge, cols // merge)
+    parts = [inputs["pixel_values_local"].double().numpy()] if "pixel_values_local" in inputs else []
+    stride = processor.image_processor.vision_patch_size * processor.image_processor.downsampler_stride
+    return np.concatenate([cells(part, *(n // stride for n in part.shape[-2:])) for part in [*parts, pixels]])
+
+
+PROCESSORS = {"step-3.7": lambda: step(Step3p7ImageProcessor), "muse-spark": lambda: muse(MuseGlimmerImageProcessor)}
+
+
+@with_torchvision
+@pytest.mark.parametrize("size", [*SIZES, LINE, (40, 24), (48, 40)])
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_a_bright_spot_in_a_token_s_box_lights_up_that_token(name, size):
+    processor = PROCESSORS[name]()
+    _, inputs, tokens = read(processor, Message("user", (picture(*size), "what?")))
+    behind = [token for token in tokens if token.modality == "image"]
+    assert len(behind) == brightness(processor, inputs).size
+    boxed = [number for number, token in enumerate(behind) if token.box]
+    assert len(boxed) == len(behind) or size == LINE
+    areas = np.array([(t.box[2] - t.box[0]) * (t.box[3] - t.box[1]) if t.box else 0 for t in behind])
+    checked = 0
+    for number in boxed[:: max(1, len(boxed) // 12)]:
+        spot = inner(behind[number].box)
+        _, lit, _ = read(processor, Message("user", (picture(*size, spot), "what?")))
+        shine = np.where(np.abs(areas - areas[number]) <= 0.1 * areas[number], brightness(processor, lit), -1)
+        assert int(shine.argmax()) == number, (number, spot)
+        checked += 1
+    assert checked >= 4
+
+
+@with_torchvision
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_boxes_cover_each_picture_once_and_tiles_with_the_whole_twice(name):
+    for tokens, size in zip(seen(PROCESSORS[name](), *SIZES), SIZES, strict=True):
+        assert (cover(tokens, size) == (2 if name == "step-3.7" else 1)).all()
+
+
+def written(processor, sizes, inputs) -> list[list]:
+    """Boxes, picture by picture, of the tokens that the processor writes for tiles as `inputs` counts them."""
+    shown = [processor.replace_image_token(inputs, number) for number in range(len(sizes))]
+    ids = processor.tokenizer(f"<|s|>user:{''.join(shown)}what?<|e|>\n")["input_ids"]
+    messages = (Message("user", (*(picture(*size) for size in sizes), "what?")),)
+    tokens = prompt_tokens(processor, CONFIG, messages, ids, inputs)
+    return [[t.box for t in tokens if t.image_index == n and t.modality == "image"] for n in range(len(sizes))]
+
+
+def test_step_cuts_equal_tiles_and_shows_the_whole_once_more():
+    masks = [[False, True, False, False], [False] * 4]
+    inputs = {"num_local_patches": [4, 0], "patch_newline_masks": masks}
+    cut, whole = written(step(), [(64, 80), (60, 48)], inputs)
+    assert len(cut) == 4 * 16 + 36 and len(whole) == 36
+    # Two rows of two tiles, each 32 x 40 pixels of the picture and 4 x 4 tokens.
+    assert cut[0] == (0, 0, 8, 10) and cut[16] == (32, 0, 40, 10) and cut[32] == (0, 40, 8, 50)
+    assert cut[63] == (56, 70, 64, 80)
+    assert cut[64] == pytest.approx((0, 0, 64 / 6, 80 / 6)) and whole[-1] == (50, 40, 60, 48)
+
+
+def test_step_pads_a_line_to_a_square():
+    (boxes,) = written(step(), [(120, 10)], {"num_local_patches": [0]})
+    assert boxes[:7] == [(n * 20, 0, n * 20 + 20, 10) for n in range(6)] + [None]
+    assert not any(boxes[6:]) and len(boxes) == 36
+
+
+def test_step_with_rows_of_unlike_length_has_no_boxes():
+    inputs = {"num_local_patches": [3], "patch_newline_masks": [[False, True, False]]}
+    assert set(written(step(), [(64, 80)], inputs)[0]) == {None}
+
+
+def test_muse_stretches_each_picture_over_its_grid():
+    inputs = {"image_grid_thw": torch.tensor([[1, 4, 6], [1, 2, 2]])}
+    wide, small = written(muse(), [(90, 40), (30, 50)], inputs)
+    assert len(wide) == 6 and wide[4] == (30, 20, 60, 40) and small == [(0, 0, 30, 50)]
+
+
+def test_deepseek_s_tokens_are_learned_queries_so_only_their_picture_is_known():
+    """Its own processor, which needs no torchvision: tiles of 32 pixels, then the whole, then a separator."""
+    images = DeepseekOcr2ImageProcessorPil(size={"height": 64, "width": 64}, tile_size=32, do_normalize=False)
+    words = tokenizer([*SPECIAL])
+    processor = DeepseekOcr2Processor(images, words, chat("<image>"), patch_size=8, downsample_ratio=2)
+    _, inputs, tokens = read(processor, Message("user", (picture(70, 40), "or ", picture(20, 30), "what?")))
+    behind = [token for token in tokens if token.modality == "image"]
+    assert inputs["num_local_patches"].tolist() == [2, 0]
+    assert [token.image_index for token in behind] == [0] * (2 * 4 + 16 + 1) + [1] * (16 + 1)
+    assert all(token.box is None for token in behind)
