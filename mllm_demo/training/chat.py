@@ -31,7 +31,15 @@ from mllm_demo.training import art
 from mllm_demo.training.adapters import lora_state, mixture, single_lora
 from mllm_demo.training.base import TAUGHT_FILE, build_model, read_taught
 from mllm_demo.training.conversations import IGNORED, Conversations, Encoder, collate
-from mllm_demo.training.runs import Masters, Run, average_gradients, cosine, join_processes, leave_processes
+from mllm_demo.training.runs import (
+    Masters,
+    Run,
+    average_gradients,
+    cosine,
+    join_processes,
+    leave_processes,
+    wait_for_others,
+)
 from mllm_demo.training.small_talk import replies
 
 # Weight of the balance loss: strong while the routers find their first division of labour, weak afterwards.
@@ -62,7 +70,11 @@ def build(options, device: torch.device, rank: int) -> tuple[PeftModel, object, 
     """The adapted model where the stage before `options.stage` left it, on `device`, its processor, and small talk."""
     model, processor = build_model(options.base)
     model.to(device)
-    talk = replies(model, processor, options.base / "replies.json", rank)
+    if rank > 0:
+        wait_for_others()
+    talk = replies(model, processor, options.base / "replies.json")
+    if rank == 0:
+        wait_for_others()
     taught = read_taught(options.tower)
     model.model.vision_tower.load_state_dict(taught["tower"])
     connector = (
@@ -104,11 +116,21 @@ def see(model: PeftModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return embeds.masked_scatter(where, tokens.to(embeds.dtype))
 
 
-def answer_loss(model: PeftModel, batch: dict[str, torch.Tensor], seen: dict[str, torch.Tensor]) -> torch.Tensor:
+def answer_loss(model: PeftModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Mean cross entropy over answer tokens; only those go through the output head."""
-    model(inputs_embeds=see(model, batch), attention_mask=batch["attention_mask"], logits_to_keep=1, use_cache=False)
+    seen: dict[str, torch.Tensor] = {}
+    language_model = model.base_model.model.model.language_model
+    hook = language_model.register_forward_hook(lambda m, a, output: seen.update(hidden=output.last_hidden_state))
+    # The adapter follows whole forwards, so the model is called, but for one position's logits; named by index,
+    # because a slice would make the head copy its weights for every sequence.
+    first = torch.zeros(1, dtype=torch.long, device=batch["labels"].device)
+    with hook:
+        model(
+            inputs_embeds=see(model, batch), attention_mask=batch["attention_mask"], logits_to_keep=first,
+            use_cache=False,
+        )  # fmt: skip
     wanted = batch["labels"] != IGNORED
-    logits = model.get_output_embeddings()(seen.pop("hidden")[wanted])
+    logits = model.get_output_embeddings()(seen["hidden"][wanted])
     return functional.cross_entropy(logits.float(), batch["labels"][wanted])
 
 
@@ -148,6 +170,8 @@ def main() -> None:
     connector = model.base_model.model.model.multi_modal_projector
     connector.requires_grad_(True)
     narrow(model, compute_dtype(device))
+    if device.type == "cpu":
+        model.base_model.model.set_attn_implementation("eager")  # the fused one is slow backwards there
     adapter = [p for name, p in model.named_parameters() if p.requires_grad and "lora_" in name]
     masters = Masters([*adapter, *connector.parameters()])
     copies = list(masters.copies)
@@ -175,15 +199,12 @@ def main() -> None:
     pad = processor.tokenizer.pad_token_id
     loader = DataLoader(data, options.batch_size // world, num_workers=1, collate_fn=partial(collate, pad=pad))
 
-    seen: dict[str, torch.Tensor] = {}
-    language_model = model.base_model.model.model.language_model
-    hook = language_model.register_forward_hook(lambda m, a, output: seen.update(hidden=output.last_hidden_state))
     model.train()
     model.base_model.model.model.vision_tower.eval()
     for batch in loader:
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * cosine(run.step, options.steps, 25)
-        loss = answer_loss(model, {name: value.to(device) for name, value in batch.items()}, seen)
+        loss = answer_loss(model, {name: value.to(device) for name, value in batch.items()})
         losses = {"loss": loss.item()}
         if options.stage > 1 and options.experts > 1:
             balance = model.base_model.router_aux_loss()
@@ -198,7 +219,6 @@ def main() -> None:
         run.advance(losses)
         if run.step % 50 == 0 or run.step == options.steps:
             run.save()
-    hook.remove()
     if rank == 0:
         model.float()
         masters.give_back()

@@ -26,6 +26,12 @@ def join_processes() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def wait_for_others() -> None:
+    """Returns once every process is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def leave_processes() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -35,15 +35,12 @@ TEMPERATURE, BATCH = 0.9, 64
 
 
 @torch.no_grad()
-def replies(model, processor, file: Path, rank: int = 0, max_new_tokens: int = 48) -> tuple[tuple[str, str], ...]:
+def replies(model, processor, file: Path, max_new_tokens: int = 48) -> tuple[tuple[str, str], ...]:
     """(prompt, the base model's own greedy reply) pairs that ended at a sentence; kept in `file`.
 
-    Beside the prompts above the base model invents some: what follows an opened user turn, sampled. Processes of a
-    higher `rank` leave the work, and the writing, to the first.
+    Beside the prompts above the base model invents some: what follows an opened user turn, sampled.
     """
     if not file.exists():
-        if rank > 0:
-            raise SystemExit(f"{file} is missing: run one process first, which writes it.")
         tokenizer, device = processor.tokenizer, model.device
         base = copy.deepcopy(model).to(compute_dtype(device))
 
