@@ -3,13 +3,13 @@
     python -m mllm_demo.training.chat --stage 1 --steps 500                # connector and a single LoRA
     python -m mllm_demo.training.chat --stage 2 --steps 100                # experts copied from it, routers balanced
     python -m mllm_demo.training.chat --stage 3 --steps 400                # experts on the full mixture
-    python -m mllm_demo.training.chat --stage 3 --export                   # writes the shipped files
+    python -m mllm_demo.training.chat --stage 3 --export                   # writes the shipped files, or those --to
     torchrun --nproc-per-node 2 -m mllm_demo.training.chat --threads 1 ... # one process a core, gradients averaged
 
 `--experts 1` in stages 2 and 3 goes on with a single LoRA of the same active rank, for comparison. The language
 model's weights are rounded to NF4 before training, so the adapter learns to live with the weights that are shipped.
-Loss on answers only, plus the routers' balance loss. Every stage resumes from its own `last.pt`. It knows nothing of
-evaluation.
+Loss: on answers, on drifting away from the language model's own speech where there is text alone, and the routers'
+balance. Every stage resumes from its own `last.pt`. It knows nothing of evaluation.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Subset
 
 from mllm_demo.models.bundled.assembly import save_vision
-from mllm_demo.models.bundled.weights import ADAPTER, VISION_FILE
+from mllm_demo.models.bundled.weights import ADAPTER, ASSETS, VISION_FILE
 from mllm_demo.models.quantize import compute_dtype, resolve_device
 from mllm_demo.training import art
 from mllm_demo.training.adapters import lora_state, mixture, single_lora
@@ -40,7 +40,7 @@ from mllm_demo.training.runs import (
     leave_processes,
     wait_for_others,
 )
-from mllm_demo.training.small_talk import replies
+from mllm_demo.training.small_talk import texts
 
 # Weight of the balance loss: strong while the routers find their first division of labour, weak afterwards.
 BALANCE = {2: 0.05, 3: 0.01}
@@ -72,7 +72,7 @@ def build(options, device: torch.device, rank: int) -> tuple[PeftModel, object, 
     model.to(device)
     if rank > 0:
         wait_for_others()
-    talk = replies(model, processor, options.base / "replies.json")
+    talk = texts(model, processor, options.base / "texts.json")
     if rank == 0:
         wait_for_others()
     taught = read_taught(options.tower)
@@ -116,33 +116,52 @@ def see(model: PeftModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return embeds.masked_scatter(where, tokens.to(embeds.dtype))
 
 
-def answer_loss(model: PeftModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Mean cross entropy over answer tokens; only those go through the output head."""
+def last_hidden(model: PeftModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What the language model's last layer says of every position, `[B, T, hidden]`."""
     seen: dict[str, torch.Tensor] = {}
     language_model = model.base_model.model.model.language_model
     hook = language_model.register_forward_hook(lambda m, a, output: seen.update(hidden=output.last_hidden_state))
     # The adapter follows whole forwards, so the model is called, but for one position's logits; named by index,
     # because a slice would make the head copy its weights for every sequence.
-    first = torch.zeros(1, dtype=torch.long, device=batch["labels"].device)
+    first = torch.zeros(1, dtype=torch.long, device=batch["input_ids"].device)
     with hook:
         model(
             inputs_embeds=see(model, batch), attention_mask=batch["attention_mask"], logits_to_keep=first,
             use_cache=False,
         )  # fmt: skip
-    wanted = batch["labels"] != IGNORED
-    logits = model.get_output_embeddings()(seen["hidden"][wanted])
-    return functional.cross_entropy(logits.float(), batch["labels"][wanted])
+    return seen["hidden"]
 
 
-def export(model: PeftModel) -> None:
-    """Writes the shipped files: tower and connector, and the adapter with its experts in float16."""
-    model.save_pretrained(ADAPTER)
-    file = ADAPTER / "adapter_model.safetensors"
-    (ADAPTER / "README.md").unlink()  # an empty form; the model card stands beside the folder
+def losses_of(model: PeftModel, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """"answers": mean cross entropy over answer tokens; "text": mean Kullback-Leibler divergence, over the tokens of
+    text alone, of what the model says from what its language model says without the adapter."""
+    head, is_text = model.get_output_embeddings(), batch["is_text"]
+    if is_text.any():
+        alone = {name: batch[name][is_text] for name in ("input_ids", "attention_mask")}
+        read = alone["attention_mask"].bool()
+        with torch.no_grad(), model.disable_adapter():
+            wanted = head(last_hidden(model, alone)[read]).float().log_softmax(-1)
+    hidden = last_hidden(model, batch)
+    losses = {}
+    answered = batch["labels"] != IGNORED
+    if answered.any():
+        losses["answers"] = functional.cross_entropy(head(hidden[answered]).float(), batch["labels"][answered])
+    if is_text.any():
+        said = head(hidden[is_text][read]).float().log_softmax(-1)
+        losses["text"] = functional.kl_div(said, wanted, log_target=True, reduction="batchmean")
+    return losses
+
+
+def export(model: PeftModel, folder: Path) -> None:
+    """Writes what is shipped into `folder`: tower and connector, and the adapter with its experts in float16."""
+    adapter = folder / ADAPTER.name
+    model.save_pretrained(adapter)
+    file = adapter / "adapter_model.safetensors"
+    (adapter / "README.md").unlink()  # an empty form; the model card stands beside the folder
     # A router's choice hangs on small differences, so routers keep their precision; they are a hundredth of it all.
     state = {name: value if "router" in name else value.half() for name, value in load_file(file).items()}
     save_file(state, file, metadata={"format": "pt"})
-    save_vision(model.base_model.model, VISION_FILE)
+    save_vision(model.base_model.model, folder / VISION_FILE.name)
 
 
 def main() -> None:
@@ -160,6 +179,7 @@ def main() -> None:
     parser.add_argument("--art", type=Path, default=Path("runs/art"))
     parser.add_argument("--out", type=Path, default=Path("runs/chat"))
     parser.add_argument("--export", action="store_true", help="only write the shipped files from the last checkpoint")
+    parser.add_argument("--to", type=Path, default=ASSETS, help="the folder that --export writes")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rank, world = join_processes()
@@ -184,7 +204,7 @@ def main() -> None:
     if options.export:
         model.float()
         masters.give_back()
-        export(model)
+        export(model, options.to)
         return
 
     vision = model.config.vision_config
@@ -193,30 +213,28 @@ def main() -> None:
     # Every stage goes on with pictures that no stage before it has drawn.
     data = Conversations(
         options.art, "train", options.seed + options.stage, (options.steps - run.step) * options.batch_size, encoder,
-        start=run.step * options.batch_size, replies=talk,
+        start=run.step * options.batch_size, texts=talk,
     )  # fmt: skip
     data = Subset(data, range(rank, len(data), world))
     pad = processor.tokenizer.pad_token_id
     loader = DataLoader(data, options.batch_size // world, num_workers=1, collate_fn=partial(collate, pad=pad))
 
+    weights = {"answers": 1.0, "text": 1.0, "balance": BALANCE.get(options.stage, 0.0)}
     model.train()
     model.base_model.model.model.vision_tower.eval()
     for batch in loader:
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * cosine(run.step, options.steps, 25)
-        loss = answer_loss(model, {name: value.to(device) for name, value in batch.items()})
-        losses = {"loss": loss.item()}
+        losses = losses_of(model, {name: value.to(device) for name, value in batch.items()})
         if options.stage > 1 and options.experts > 1:
-            balance = model.base_model.router_aux_loss()
-            loss = loss + BALANCE[options.stage] * balance
-            losses["balance"] = balance.item()
-        loss.backward()
+            losses["balance"] = model.base_model.router_aux_loss()
+        sum(weights[name] * loss for name, loss in losses.items()).backward()
         masters.take_gradients()
         average_gradients(copies)
         nn.utils.clip_grad_norm_(copies, 1.0)
         optimizer.step()
         masters.give_back()
-        run.advance(losses)
+        run.advance({name: loss.item() for name, loss in losses.items()})
         if run.step % 50 == 0 or run.step == options.steps:
             run.save()
     if rank == 0:

@@ -25,11 +25,15 @@ MIX = {"single": 0.08, "same": 0.16, "objects": 0.22, "shapes": 0.14, "mixed": 0
 
 @dataclass(frozen=True)
 class Sample:
-    """`input_ids`, `labels`: int64 `[T]`, labels already at the positions that predict them; `pixels` or None."""
+    """`input_ids`, `labels`: int64 `[T]`, labels already at the positions that predict them; `pixels` or None.
+
+    `is_text`: the language model's own text, without labels, at which its speech is to be kept.
+    """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     pixels: torch.Tensor | None
+    is_text: bool = False
 
 
 class Encoder:
@@ -67,14 +71,19 @@ class Encoder:
             ids += [self._ids(char)[0] for char in piece] if quoted else self._ids(prose)
         return ids
 
-    def encode(self, turns: list[tuple[str, str]], pixels: torch.Tensor | None, spell: bool = True) -> Sample:
+    def encode_text(self, text: str) -> Sample:
+        """Text as it is, markup included."""
+        ids = torch.tensor(self._tokenize(text))
+        return Sample(ids, torch.full_like(ids, IGNORED), None, is_text=True)
+
+    def encode(self, turns: list[tuple[str, str]], pixels: torch.Tensor | None) -> Sample:
         """`turns`: (question, answer) pairs about one picture, which stands before the first question."""
         ids: list[int] = []
         labels: list[int] = []
         for index, (question, answer) in enumerate(turns):
             picture = self.image if pixels is not None and index == 0 else []
             prompt = self.before + picture + self._ids(question) + self.between
-            reply = (self._answer(answer) if spell else self._ids(answer)) + self.end
+            reply = self._answer(answer) + self.end
             ids += prompt + reply + self.after
             labels += [IGNORED] * len(prompt) + reply + [IGNORED] * len(self.after)
         return Sample(torch.tensor(ids), torch.tensor([*labels[1:], IGNORED]), pixels)
@@ -93,12 +102,12 @@ class Conversations(Dataset):
         *,
         most: int = 6,
         start: int = 0,
-        replies: tuple[tuple[str, str], ...] = (),
-        text_share: float = 0.08,
+        texts: tuple[str, ...] = (),
+        text_share: float = 0.125,
     ):
         self.art_folder, self.split, self.seed, self.count = art_folder, SPLITS[split], seed, count
         self.encoder, self.most, self.start = encoder, most, start
-        self.replies, self.text_share = replies, text_share
+        self.texts, self.text_share = texts, text_share
 
     def __len__(self) -> int:
         return self.count
@@ -106,9 +115,8 @@ class Conversations(Dataset):
     def __getitem__(self, index: int) -> Sample:
         index += self.start
         rng = np.random.default_rng((self.seed, 77, index))
-        if self.replies and rng.random() < self.text_share:
-            picked = rng.choice(len(self.replies), min(3, len(self.replies)), replace=False)
-            return self.encoder.encode([self.replies[i] for i in picked], None, spell=False)
+        if self.texts and rng.random() < self.text_share:
+            return self.encoder.encode_text(self.texts[rng.integers(len(self.texts))])
         kind = str(rng.choice(list(MIX), p=list(MIX.values())))
         scene = render(art.load(self.art_folder), self.split, self.seed, index, kind=kind)
         turns = [(question.prompt, question.answer) for question in ask_all(rng, scene, self.most)]
@@ -117,7 +125,8 @@ class Conversations(Dataset):
 
 
 def collate(samples: list[Sample], pad: int) -> dict[str, torch.Tensor]:
-    """Right-padded batch; `pixel_values [pictures, 3, H, W]` in reading order, absent when there is none."""
+    """Right-padded batch; `pixel_values [pictures, 3, H, W]` in reading order, absent when there is none; `is_text`
+    bool `[B]`."""
 
     def padded(rows: list[torch.Tensor], value: int) -> torch.Tensor:
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
@@ -127,6 +136,7 @@ def collate(samples: list[Sample], pad: int) -> dict[str, torch.Tensor]:
         "input_ids": padded(ids, pad),
         "attention_mask": padded([torch.ones_like(row) for row in ids], 0),
         "labels": padded([sample.labels for sample in samples], IGNORED),
+        "is_text": torch.tensor([sample.is_text for sample in samples]),
     }
     pixels = [sample.pixels for sample in samples if sample.pixels is not None]
     return batch | ({"pixel_values": torch.stack(pixels)} if pixels else {})

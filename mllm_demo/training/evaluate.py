@@ -2,7 +2,7 @@
 
     python -m mllm_demo.training.evaluate --items 200                          # the shipped NF4 model
     python -m mllm_demo.training.evaluate --quantization none --no-blind       # the same experts on 16-bit weights
-    python -m mllm_demo.training.evaluate --adapter runs/single --no-blind     # another adapter on the same items
+    python -m mllm_demo.training.evaluate --bundle runs/single --no-blind      # another model on the same items
 
 Held out of training: drawings, fonts, words, the last phrasings of every question and every background (another random
 stream); with `--split unseen-style` the art style too. It knows nothing of how the model was trained.
@@ -18,12 +18,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mllm_demo.models.loading import LoadedModel, load
-from mllm_demo.settings import QUANTIZATIONS, ModelChoice
+from mllm_demo.models.loading import LoadedModel
+from mllm_demo.settings import QUANTIZATIONS
 from mllm_demo.training import art
 from mllm_demo.training.questions import TASKS, Question, ask
 from mllm_demo.training.scenes import SPLITS, render
 from mllm_demo.training.scoring import is_right
+from mllm_demo.training.trained import HELP, load_trained
 
 # The kinds of scene that let a task be asked.
 SCENES = {
@@ -94,7 +95,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=200, help="questions per task")
     parser.add_argument("--split", choices=[name for name in SPLITS if name != "train"], default="held-out")
     parser.add_argument("--quantization", choices=QUANTIZATIONS, default="nf4")
-    parser.add_argument("--adapter", help="an adapter folder in place of the shipped one")
+    parser.add_argument("--bundle", type=Path, help=HELP)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--art", type=Path, default=Path("runs/art"))
@@ -102,7 +103,7 @@ def main() -> None:
     parser.add_argument("--no-blind", action="store_true", help="leave out the answers to a grey picture")
     parser.add_argument("--show", type=int, default=0, help="print this many wrong answers per task")
     options = parser.parse_args()
-    loaded = load(ModelChoice(quantization=options.quantization, adapter=options.adapter), None, lambda step: None)
+    loaded = load_trained(options.quantization, options.bundle)
     table = {}
     for task in options.tasks:
         began = time.monotonic()
@@ -123,7 +124,7 @@ def main() -> None:
         for question, reply in wrong[: options.show]:
             print(f"    {question.prompt} → {reply!r}, expected {question.answer!r}")
     if options.out:
-        report = {"split": options.split, "quantization": options.quantization, "adapter": options.adapter}
+        report = {"split": options.split, "quantization": options.quantization, "bundle": str(options.bundle or "")}
         report |= {"seed": options.seed, "tasks": table}
         options.out.write_text(json.dumps(report, indent=1) + "\n")
 

@@ -15,15 +15,16 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from mllm_demo.models.loading import LoadedModel, load
+from mllm_demo.models.loading import LoadedModel
 from mllm_demo.routing.controls import masked_experts
 from mllm_demo.routing.specialization import permutation_test, preferred
 from mllm_demo.routing.tap import RoutingTap
 from mllm_demo.routing.trace import Token
-from mllm_demo.settings import ModelChoice
+from mllm_demo.settings import QUANTIZATIONS
 from mllm_demo.training.conversations import IGNORED, Encoder, Sample, collate
 from mllm_demo.training.evaluate import items
 from mllm_demo.training.questions import TASKS
+from mllm_demo.training.trained import HELP, load_trained
 
 BATCH = 24
 
@@ -80,14 +81,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--items", type=int, default=24, help="questions per task")
     parser.add_argument("--split", default="held-out")
-    parser.add_argument("--adapter", help="an adapter folder in place of the shipped one")
+    parser.add_argument("--bundle", type=Path, help=HELP)
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, default="nf4")
     parser.add_argument("--seed", type=int, default=5)
     parser.add_argument("--controls", type=int, default=3, help="random masks that each preferred mask is held against")
     parser.add_argument("--permutations", type=int, default=500)
     parser.add_argument("--art", type=Path, default=Path("runs/art"))
     parser.add_argument("--out", type=Path, help="also write the figures to this JSON file")
     options = parser.parse_args()
-    loaded = load(ModelChoice(adapter=options.adapter), None, lambda step: None)
+    loaded = load_trained(options.quantization, options.bundle)
     pad = loaded.processor.tokenizer.pad_token_id
     made, tasks = samples(loaded, options.art, options.split, options.items, options.seed)
     counts, sites = choices(loaded, made, pad)

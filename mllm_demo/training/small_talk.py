@@ -1,6 +1,7 @@
-"""Text-only questions whose answers the base model itself writes, so that training on pictures does not cost its chat.
+"""Text that the language model itself writes, so that training on pictures does not cost its speech.
 
-It knows nothing of pictures or training.
+On such text the adapted model is to say what the language model alone says (`chat.text_loss`). It knows nothing of
+pictures or training.
 """
 
 import copy
@@ -28,42 +29,39 @@ PROMPTS = (
     "How do I make tea?", "Name a famous painter.", "What is a triangle?", "What is democracy?", "Say something nice.",
     "What is the difference between a lake and a river?", "How long is a year?", "What is bread made of?",
 )  # fmt: skip
-
-
-INVENTED = 256  # prompts that the base model asks itself
-TEMPERATURE, BATCH = 0.9, 64
+# Words that prose may begin with.
+OPENERS = (
+    "The", "In", "When", "A", "She", "He", "They", "It", "One", "If", "For", "Many", "Dear", "My", "We", "There",
+    "After", "Most", "To", "On", "People", "Water", "How", "def", "First", "At", "Every", "Our", "Some", "As", "This",
+    "During",
+)  # fmt: skip
+EACH = {"chat": 48, "prose": 64, "reply": 48}  # how many texts of each kind
+LENGTH, BATCH = 96, 80
 
 
 @torch.no_grad()
-def replies(model, processor, file: Path, max_new_tokens: int = 48) -> tuple[tuple[str, str], ...]:
-    """(prompt, the base model's own greedy reply) pairs that ended at a sentence; kept in `file`.
-
-    Beside the prompts above the base model invents some: what follows an opened user turn, sampled.
-    """
+def texts(model, processor, file: Path) -> tuple[str, ...]:
+    """Chats and prose sampled from the base `model` at temperature 1, as it writes them; made once, kept in `file`."""
     if not file.exists():
         tokenizer, device = processor.tokenizer, model.device
         base = copy.deepcopy(model).to(compute_dtype(device))
-
-        def generate(texts: list[str], **how) -> list[str]:
-            made = []
-            for start in range(0, len(texts), BATCH):
-                inputs = tokenizer(texts[start : start + BATCH], return_tensors="pt", padding=True, padding_side="left")
-                new = base.generate(**inputs.to(device), **how)[:, inputs.input_ids.shape[1] :]
-                made += tokenizer.batch_decode(new, skip_special_tokens=True)
-                print(f"small talk: {len(made)} of {len(texts)}", flush=True)
-            return made
+        base.generation_config.eos_token_id = None  # a chat goes on after its first turn
 
         def asked(prompt: str) -> str:
             message = {"role": "user", "content": [{"type": "text", "text": prompt}]}
             return processor.apply_chat_template([message], add_generation_prompt=True)
 
-        opened = asked("MARK").split("MARK")[0]
+        begun = {"chat": [asked("MARK").split("MARK")[0]], "prose": OPENERS, "reply": [asked(p) for p in PROMPTS]}
+        starts = [kind[i % len(kind)] for name, kind in begun.items() for i in range(EACH[name])]
         torch.manual_seed(0)
-        sampled = generate([opened] * INVENTED, max_new_tokens=40, do_sample=True, temperature=TEMPERATURE)
-        invented = [text.strip() for text in sampled if text.strip().endswith(("?", ".")) and len(text) < 160]
-        prompts = [*PROMPTS, *dict.fromkeys(invented)]
-        answers = generate([asked(prompt) for prompt in prompts], max_new_tokens=max_new_tokens, do_sample=False)
-        pairs = [(p, reply[: reply.rfind(".") + 1].strip()) for p, reply in zip(prompts, answers, strict=True)]
+        written = []
+        for first in range(0, len(starts), BATCH):
+            batch = starts[first : first + BATCH]
+            inputs = tokenizer(batch, return_tensors="pt", padding=True, padding_side="left").to(device)
+            made = base.generate(**inputs, max_new_tokens=LENGTH, do_sample=True, temperature=1.0, top_k=0)
+            made = made[:, inputs.input_ids.shape[1] :]
+            written += [start + tokenizer.decode(row) for start, row in zip(batch, made, strict=True)]
+            print(f"text of the language model: {len(written)} of {len(starts)}", flush=True)
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps([pair for pair in pairs if pair[1]], indent=1))
-    return tuple((prompt, reply) for prompt, reply in json.loads(file.read_text()))
+        file.write_text(json.dumps(written, indent=1))
+    return tuple(json.loads(file.read_text()))

@@ -64,9 +64,12 @@ def test_quoted_text_is_spelled_and_nothing_else(encoder):
     assert "oak" in tokens  # in the question and the second answer, where it is prose
 
 
-def test_small_talk_is_not_spelled(encoder):
-    tokens = encoder.tokenizer.convert_ids_to_tokens(encoder.encode([("Hi", 'Say "oak"')], None, spell=False).input_ids)
-    assert "oak" in tokens
+def test_text_alone_is_read_as_it_is_and_has_no_answers(encoder):
+    sample = encoder.encode_text('<|im_start|>user\nSay "oak"<|im_end|>')
+    tokens = encoder.tokenizer.convert_ids_to_tokens(sample.input_ids)
+    assert "oak" in tokens and tokens[0] == "<|im_start|>"
+    assert (sample.labels == IGNORED).all()
+    assert collate([sample, encoder.encode(TURNS, None)], pad=7)["is_text"].tolist() == [True, False]
 
 
 def test_a_batch_is_padded_on_the_right_and_holds_only_the_pictures_there_are(encoder):

@@ -1,0 +1,25 @@
+"""A trained model to measure: the shipped one, or another in the same layout, as `chat --export --to` writes it.
+
+It knows nothing of questions or of how the model was trained.
+"""
+
+from pathlib import Path
+
+from peft import PeftModel
+
+from mllm_demo.models.bundled.assembly import load_vision
+from mllm_demo.models.bundled.weights import ADAPTER, VISION_FILE
+from mllm_demo.models.loading import LoadedModel, load
+from mllm_demo.settings import ModelChoice
+
+HELP = "folder of another model in the layout of assets/bundled, as `training.chat --export --to` writes it"
+
+
+def load_trained(quantization: str, bundle: Path | None = None) -> LoadedModel:
+    """The model in `bundle`; its tower must have the shape of the shipped one, on whose language model it is put."""
+    adapter = None if bundle is None else str(bundle / ADAPTER.name)
+    loaded = load(ModelChoice(quantization=quantization, adapter=adapter), None, lambda step: None)
+    if bundle is not None:
+        model = loaded.model.base_model.model if isinstance(loaded.model, PeftModel) else loaded.model
+        load_vision(model, bundle / VISION_FILE.name)
+    return loaded
