@@ -15,33 +15,41 @@ from transformers.utils import is_torchvision_available
 from mllm_demo.chat.layout import prompt_tokens
 
 # Without torchvision transformers makes a new stand-in for these classes at every import.
-from mllm_demo.chat.layouts.families import MuseSparkProcessor, Step3p7Processor
+from mllm_demo.chat.layouts.families import (
+    Kimi_K25Processor,
+    Llama4Processor,
+    MiniMaxM3VLProcessor,
+    MuseSparkProcessor,
+    Step3p7Processor,
+)
 from mllm_demo.chat.messages import Message
 from tests.unit.chat.test_layout import CONFIG, SIZES, SPECIAL, chat, cover, inner, picture, read, seen, tokenizer
 from tests.unit.chat.test_native_layouts import cells, named
 
 if is_torchvision_available():
-    from transformers import MuseGlimmerImageProcessor, Step3p7ImageProcessor
-else:
-    MuseGlimmerImageProcessor = Step3p7ImageProcessor = None
+    from transformers import (
+        Kimi_K25ImageProcessor,
+        Llama4ImageProcessor,
+        MiniMaxM3VLImageProcessor,
+        MuseGlimmerImageProcessor,
+        Step3p7ImageProcessor,
+    )
 
 with_torchvision = pytest.mark.skipif(not is_torchvision_available(), reason="its image processor needs torchvision")
 LINE = (200, 20)
 
 
-class WithoutVideo:
-    """With pictures only."""
-
-    def check_argument_for_proper_class(self, argument_name, argument):
-        return type(argument)
+OTHER = SimpleNamespace(num_frames=1, fps=1, model_input_names=[])
 
 
-class Step(WithoutVideo, Step3p7Processor):
-    """Whatever its image processor is."""
+def with_pictures(kind):
+    """`kind` with whatever image processor, and nothing real for videos and sounds."""
 
+    class PictureProcessor(kind):
+        def check_argument_for_proper_class(self, argument_name, argument):
+            return type(argument)
 
-class Muse(WithoutVideo, MuseSparkProcessor):
-    """Whatever its image processor is."""
+    return PictureProcessor
 
 
 def step(images=None):
@@ -52,30 +60,68 @@ def step(images=None):
     else:
         images = images(**sizes, do_normalize=False)
     marks = ["<im_patch>", "<patch_start>", "<patch_end>", "<patch_newline>", "<im_start>", "<im_end>"]
-    return Step(images, tokenizer([*SPECIAL, *marks]), chat_template=chat("<im_patch>"))
+    return with_pictures(Step3p7Processor)(images, tokenizer([*SPECIAL, *marks]), chat_template=chat("<im_patch>"))
 
 
 def muse(images=None):
     names = {"image_token": "<|patch|>", "image_start_token": "<|image_start|>", "image_end_token": "<|image_end|>"}
     declared = {"patch_size": 4, "merge_size": 2}
     images = images(**declared, max_image_tokens=256, do_normalize=False) if images else SimpleNamespace(**declared)
-    other = SimpleNamespace(num_frames=1, fps=1, model_input_names=[])
-    return Muse(images, other, named(names), other, chat_template=chat("<|patch|>"))
+    return with_pictures(MuseSparkProcessor)(images, OTHER, named(names), OTHER, chat_template=chat("<|patch|>"))
+
+
+def kimi():
+    """Pictures of more than 300 patches are shrunk."""
+    images = Kimi_K25ImageProcessor(
+        patch_size=8, merge_size=2, size={"max_height": 40, "max_width": 40}, max_patches=300, do_normalize=False
+    )
+    words = named({"image_token": "<|media_pad|>", "video_token": "<|video|>"})
+    return with_pictures(Kimi_K25Processor)(images, words, OTHER, chat_template=chat("<|media_pad|>"))
+
+
+def minimax():
+    images = MiniMaxM3VLImageProcessor(
+        patch_size=4, merge_size=2, size={"shortest_edge": 64, "longest_edge": 64 * 64}, do_normalize=False
+    )
+    kind = with_pictures(MiniMaxM3VLProcessor)
+    words = tokenizer([*SPECIAL, kind.IMAGE_TOKEN, kind.VIDEO_TOKEN, kind.VISION_START_TOKEN, kind.VISION_END_TOKEN])
+    return kind(images, words, OTHER, chat_template=chat(kind.IMAGE_TOKEN))
+
+
+def llama4():
+    """A token stands for 16 x 16 pixels of a tile of 64."""
+    side = {"height": 64, "width": 64}
+    images = Llama4ImageProcessor(size=side, max_patches=6, resize_to_max_canvas=False, do_normalize=False)
+    marks = ["<|image|>", "<|image_start|>", "<|image_end|>", "<|patch|>"]
+    marks += ["<|tile_x_separator|>", "<|tile_y_separator|>"]
+    words = tokenizer([*SPECIAL, *marks])
+    return with_pictures(Llama4Processor)(images, words, patch_size=8, chat_template=chat("<|image|>"))
 
 
 def brightness(processor, inputs) -> np.ndarray:
     """[image tokens] of one picture: how bright the input behind each token is."""
-    pixels = inputs["pixel_values"].double().numpy()
+    images, pixels = processor.image_processor, inputs["pixel_values"].double().numpy()
     if "image_grid_thw" in inputs:
         _, rows, cols = inputs["image_grid_thw"][0].tolist()
-        merge = processor.image_processor.merge_size
-        return cells(pixels.mean(axis=1).reshape(1, rows, cols), rows // merge, cols // merge)
+        patches = pixels.reshape(rows * cols, -1).mean(axis=1)
+        if isinstance(processor, MiniMaxM3VLProcessor):  # the patches of a token follow each other
+            return patches.reshape(-1, images.merge_size**2).mean(axis=1)
+        return cells(patches.reshape(1, rows, cols), rows // images.merge_size, cols // images.merge_size)
+    if isinstance(processor, Llama4Processor):
+        return cells(pixels.reshape(-1, *pixels.shape[-3:]), 4, 4)
     parts = [inputs["pixel_values_local"].double().numpy()] if "pixel_values_local" in inputs else []
-    stride = processor.image_processor.vision_patch_size * processor.image_processor.downsampler_stride
+    stride = images.vision_patch_size * images.downsampler_stride
     return np.concatenate([cells(part, *(n // stride for n in part.shape[-2:])) for part in [*parts, pixels]])
 
 
-PROCESSORS = {"step-3.7": lambda: step(Step3p7ImageProcessor), "muse-spark": lambda: muse(MuseGlimmerImageProcessor)}
+PROCESSORS = {
+    "kimi-k2.5": kimi,
+    "llama 4": llama4,
+    "minimax-m3": minimax,
+    "muse-spark": lambda: muse(MuseGlimmerImageProcessor),
+    "step-3.7": lambda: step(Step3p7ImageProcessor),
+}
+PADDED = ("kimi-k2.5", "llama 4")
 
 
 @with_torchvision
@@ -87,7 +133,7 @@ def test_a_bright_spot_in_a_token_s_box_lights_up_that_token(name, size):
     behind = [token for token in tokens if token.modality == "image"]
     assert len(behind) == brightness(processor, inputs).size
     boxed = [number for number, token in enumerate(behind) if token.box]
-    assert len(boxed) == len(behind) or size == LINE
+    assert len(boxed) == len(behind) or name in PADDED or size == LINE
     areas = np.array([(t.box[2] - t.box[0]) * (t.box[3] - t.box[1]) if t.box else 0 for t in behind])
     checked = 0
     for number in boxed[:: max(1, len(boxed) // 12)]:
@@ -103,7 +149,7 @@ def test_a_bright_spot_in_a_token_s_box_lights_up_that_token(name, size):
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_boxes_cover_each_picture_once_and_tiles_with_the_whole_twice(name):
     for tokens, size in zip(seen(PROCESSORS[name](), *SIZES), SIZES, strict=True):
-        assert (cover(tokens, size) == (2 if name == "step-3.7" else 1)).all()
+        assert (cover(tokens, size) == (2 if name in ("step-3.7", "llama 4") else 1)).all()
 
 
 def written(processor, sizes, inputs) -> list[list]:
