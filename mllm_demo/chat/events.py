@@ -159,7 +159,7 @@ class Footprint:
     @property
     def cards_gb(self) -> tuple[int, ...]:
         """Sizes of graphics cards, of 8, 12, 16 and 24 GB, that hold it."""
-        return tuple(size for size in (8, 12, 16, 24) if self.needs_bytes <= size * 2**30)
+        return tuple(size for size in (8, 12, 16, 24) if self.needs_bytes <= size * 1e9)
 
     @property
     def fits(self) -> bool:

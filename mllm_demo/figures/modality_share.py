@@ -7,7 +7,7 @@ import numpy as np
 from plotly import graph_objects as go
 
 from mllm_demo.figures.palette import MANY_EXPERTS
-from mllm_demo.figures.style import INK, LINE, TALLEST, few, names, styled
+from mllm_demo.figures.style import INK, LINE, TALLEST, few, names, places, styled
 from mllm_demo.routing.stats import load_by_modality
 from mllm_demo.routing.trace import RoutingTrace, Site
 
@@ -38,6 +38,7 @@ def modality_share_figure(trace: RoutingTrace, sites: Sequence[Site], label: str
         y=[f"expert {expert}" for expert in range(experts)],
         z=between,
         customdata=np.stack((image, text, within), axis=-1),
+        text=[places(sites)] * experts,
         zmin=-most,
         zmax=most,
         colorscale=[[0, "#0072B2"], [0.5, "rgba(140, 145, 155, 0.12)"], [1, "#D55E00"]],
@@ -50,14 +51,14 @@ def modality_share_figure(trace: RoutingTrace, sites: Sequence[Site], label: str
         xgap=1,
         ygap=1 if experts <= MANY_EXPERTS else 0,
         hovertemplate=(
-            "layer %{x}, %{y}: %{customdata[0]:.0f} % of the image, %{customdata[1]:.0f} % of the text"
+            "%{text}, %{y}: %{customdata[0]:.0f} % of the image, %{customdata[1]:.0f} % of the text"
             "<br>within it %{customdata[2]:.0f} % image<extra></extra>"
         ),
     )
     height = 178 + min(44 * experts, TALLEST)
     figure = styled(go.Figure(heat), title=f"Picture or text? · {label}", subtitle=SUBTITLE, height=height)
     layers = [site.layer_idx for site in sites]
-    figure.update_xaxes(title="layer", showgrid=False, tickvals=few(layers), ticktext=names(layers))
+    figure.update_xaxes(title="layer", showgrid=False, tickvals=few(layers), ticktext=few(names(sites)))
     figure.update_yaxes(autorange="reversed", showgrid=False)
     views = (("between", between, -most, most, SUBTITLE), ("within", within, 0, 100, SUBTITLE_WITHIN))
     figure.update_layout(

@@ -11,11 +11,12 @@ from plotly import graph_objects as go
 from plotly.colors import sample_colorscale
 
 from mllm_demo.figures.palette import MANY_EXPERTS, expert_colors
-from mllm_demo.figures.style import TALLEST, few, styled
+from mllm_demo.figures.style import TALLEST, few, names, places, sentence_figure, styled
 from mllm_demo.routing.stats import Pathways, token_pathways
 from mllm_demo.routing.trace import RoutingTrace, Site
 
 MOST = 8
+ONE_LAYER = "one layer has such routers, so no way leads on"
 TEXT, IMAGE = "#0072B2", "#D55E00"
 # Share of a modality's tokens from which on a step is drawn, and how wide: one trace of the figure for each.
 _WIDTHS = ((0.05, 1.2), (0.1, 2.4), (0.2, 4.5), (0.4, 8.0))
@@ -24,15 +25,16 @@ _TEXT_TO_IMAGE = [[0, TEXT], [0.5, "#8C8C8C"], [1, IMAGE]]
 _SPREAD = 0.3  # how far pathways through one expert lie apart, of the distance between two experts
 
 
-def pathways_figure(trace: RoutingTrace, sites: Sequence[Site], label: str) -> go.Figure | None:
-    """Parallel lines over the layers of `sites`; None when there is no second layer to go to.
+def pathways_figure(trace: RoutingTrace, sites: Sequence[Site], label: str) -> go.Figure:
+    """Parallel lines over the layers of `sites`; a sentence when there is no second layer to go to.
 
     Pale, by width: the share of the image tokens (orange) and of the text tokens (blue) that made a step, from 5 % on.
     Bright: the `MOST` most frequent whole pathways that two tokens or more took, in the colour of those tokens, grey
     where both kinds did.
     """
+    title = f"Pathways · {label}"
     if len(sites) < 2 or not trace.tokens:
-        return None
+        return sentence_figure(title, ONE_LAYER)
     ways = token_pathways(trace, sites)
     tokens = int(ways.counts.sum())
     shared = int(min(MOST, (ways.counts > 1).sum()))
@@ -44,7 +46,7 @@ def pathways_figure(trace: RoutingTrace, sites: Sequence[Site], label: str) -> g
     ]
     figure = styled(
         go.Figure([*steps, *_shared(ways, shared, tokens), _experts(ways, sites, tokens)]),
-        title=f"Pathways · {label}",
+        title=title,
         subtitle=(
             f"{tokens} tokens, {len(ways.counts)} ways, at most {ways.counts[0]} alike · "
             f"<span style='color:{TEXT}'>text</span> <span style='color:{IMAGE}'>image</span>"
@@ -57,7 +59,7 @@ def pathways_figure(trace: RoutingTrace, sites: Sequence[Site], label: str) -> g
     figure.update_xaxes(
         title="layer",
         tickvals=ticks,
-        ticktext=[str(sites[tick].layer_idx) for tick in ticks],
+        ticktext=names([sites[tick] for tick in ticks]),
         range=[-0.5, len(sites) - 0.5],
         showgrid=False,
     )
@@ -126,6 +128,7 @@ def _experts(ways: Pathways, sites: Sequence[Site], tokens: int) -> go.Scatter:
     if ways.nodes.shape[1] > MANY_EXPERTS:
         there &= ways.nodes > 0
     layer, expert = np.nonzero(there)
+    said = places(sites)
     share = ways.nodes[layer, expert] / tokens
     colors = np.array(expert_colors(ways.nodes.shape[1]))
     return go.Scatter(
@@ -133,7 +136,7 @@ def _experts(ways: Pathways, sites: Sequence[Site], tokens: int) -> go.Scatter:
         y=expert,
         mode="markers",
         marker={"color": colors[expert], "size": 3 + 11 * np.sqrt(share), "line": {"width": 0}},
-        customdata=np.stack(([sites[n].layer_idx for n in layer], expert, 100 * share), axis=1),
-        hovertemplate="layer %{customdata[0]}, expert %{customdata[1]}: %{customdata[2]:.0f} %<extra></extra>",
+        customdata=list(zip([said[n] for n in layer], expert.tolist(), (100 * share).tolist(), strict=True)),
+        hovertemplate="%{customdata[0]}, expert %{customdata[1]}: %{customdata[2]:.0f} %<extra></extra>",
         showlegend=False,
     )

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from plotly import graph_objects as go
 
+from mllm_demo.routing.trace import Site
+
 INK = "#7d828c"
 LINE = "rgba(125, 130, 140, 0.25)"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
@@ -45,11 +47,26 @@ def styled(figure: go.Figure, *, title: str, subtitle: str, height: int) -> go.F
     return figure
 
 
-def few(layers: Sequence[int]) -> list[int]:
+def sentence_figure(title: str, sentence: str) -> go.Figure:
+    """In the place of a figure that there is nothing to draw for: the same title, and why."""
+    figure = styled(go.Figure(), title=title, subtitle=sentence, height=72)
+    figure.update_xaxes(visible=False)
+    figure.update_yaxes(visible=False)
+    return figure
+
+
+def few(layers: Sequence) -> list:
     """Those of `layers` that an axis has room to name: ten or so, evenly apart, the first among them."""
     return list(layers[:: max(1, len(layers) // 10)])
 
 
-def names(layers: Sequence[int]) -> list[str]:
-    """What an axis calls `few(layers)`: a router of the whole model, layer -1, serves all of them."""
-    return ["all" if layer < 0 else str(layer) for layer in few(layers)]
+def names(sites: Sequence[Site]) -> list[str]:
+    """What an axis of layers calls each of `sites`; one that stands in no layer serves all or is beside them."""
+    return [str(s.layer_idx) if s.layer_idx >= 0 else "all" if s.block == "model" else s.block for s in sites]
+
+
+def places(sites: Sequence[Site]) -> list[str]:
+    """The same in words, for a hover."""
+    return [
+        f"layer {s.layer_idx}" if s.layer_idx >= 0 else "whole model" if s.block == "model" else s.block for s in sites
+    ]

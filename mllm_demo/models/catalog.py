@@ -279,7 +279,7 @@ CATALOGUE = (
         unquantized=274,
         cache_mb=57,
         licence="Apache-2.0",
-        note="64 experts for text and 64 for pictures a layer, 6 a token; a 16 GB GPU.",
+        note="64 experts for text and 64 for pictures a layer, 6 a token; a 24 GB GPU.",
     ),
     CatalogueEntry(
         "qwen3.5-35b-a3b",

@@ -134,7 +134,7 @@ def _from_hub(name: str, patterns: tuple[str, ...], cache_dir: Path, progress: P
             ) from error
     except HFValidationError as error:
         raise CheckpointError(
-            f"{name!r} is no preset, no folder and no hub id (owner/name); see --help for the presets."
+            f"{name!r} is no preset, no folder and no hub id (owner/name); check the spelling, or choose a preset."
         ) from error
     return Files(folder, folder.name)
 
@@ -162,7 +162,7 @@ def fetch_descriptions(name: str, cache_dir: Path, progress: Progress) -> Files:
     folder = local_folder(name, CheckpointError, "model")
     if folder is None and "/" not in name:
         raise CheckpointError(
-            f"{name!r} is no preset, no folder and no hub id (owner/name); see --help for the presets."
+            f"{name!r} is no preset, no folder and no hub id (owner/name); check the spelling, or choose a preset."
         )
     files = Files(folder, digest(folder)) if folder else _from_hub(name, DESCRIPTIONS, cache_dir, progress)
     if not (files.folder / "config.json").is_file():

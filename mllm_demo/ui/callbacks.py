@@ -34,6 +34,7 @@ from mllm_demo.figures.expert_load import expert_load_figure
 from mllm_demo.figures.modality_share import modality_share_figure
 from mllm_demo.figures.pathways import pathways_figure
 from mllm_demo.figures.payload import PayloadStream, empty_payload
+from mllm_demo.figures.style import sentence_figure
 from mllm_demo.routing.stats import site_groups
 from mllm_demo.routing.trace import RoutingTrace
 from mllm_demo.settings import Sampling, Settings, split_adapters
@@ -260,11 +261,12 @@ class Callbacks:
         return self._overview(self._sample)
 
     def _overview(self, trace: RoutingTrace | None) -> tuple:
-        """Expert load, modality share and pathways of the first routers that choose per token; None without any."""
+        """Expert load, modality share and pathways of the first routers that choose per token; why not, without any."""
         groups = site_groups(trace).values() if trace else ()
         choosing = [sites for sites in groups if sites[0].granularity == "token"]
         if trace is None or not choosing:
-            return None, None, None
+            why = words.NOT_BY_TOKEN if groups else words.NO_OVERVIEW
+            return tuple(sentence_figure(title, why) for title in words.OVERVIEW)
         sites = next((sites for sites in choosing if sites[0].block == "mlp"), choosing[0])
         label = sites[0].block
         return tuple(draw(trace, sites, label) for draw in OVERVIEW)

@@ -141,7 +141,7 @@ def _settings_panels(engine: Engine, settings: Settings) -> tuple[list, list, gr
             gr.Number(default.seed, label="Seed", precision=0, minimum=0, maximum=2**31 - 1),
         ]
     with gr.Accordion(words.MODEL_SETTINGS, open=engine.status().state in ("failed", "empty"), elem_id="model"):
-        presets = [(f"{p.title} · {p.needs_gb * 1e9 / 2**30:.1f} GB · {p.licence}", p.name) for p in engine.presets()]
+        presets = [(f"{p.title} · {p.needs_gb:.1f} GB", p.name) for p in engine.presets()]
         notes = {p.name: f"{p.note} Licence: {p.licence}." for p in engine.presets()}
         named = gr.Dropdown(
             presets, value=choice.model, label=words.MODEL_LABEL, info=words.MODEL_INFO, allow_custom_value=True

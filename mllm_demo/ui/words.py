@@ -39,6 +39,10 @@ LOAD_SHARED = "Everybody on this page shares one model; loading another one repl
 DOWNLOAD_TRACE = "Download trace"
 OPEN_TRACE = "Open trace"
 
+OVERVIEW = ("Expert load", "Picture or text?", "Pathways")
+NO_OVERVIEW = "ask about a picture, and it is drawn here"
+NOT_BY_TOKEN = "the router chooses once for all tokens"
+
 NOTHING_ASKED = "Write a question first, or choose an example."
 NO_MODEL = "No model is loaded; choose one under “Model” and press “Load this model”."
 STOPPED_WAITING = "Stopped before the model was ready; press retry to ask again."
@@ -85,7 +89,7 @@ def failed(status: EngineStatus) -> str:
 
 
 def memory(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.1f} GB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MB"
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.0f} MB"
 
 
 def status_parts(status: EngineStatus, finished: Finished | None) -> list[str]:

@@ -167,9 +167,15 @@ class Trace {
     return (answer || prompt || this.tokens[this.tokens.length - 1]).index;
   }
 
+  // As short as an axis needs it; a router that stands beside the layers has no number.
+  layerMark(s) {
+    const { layer, block } = this.sites[s];
+    return layer < 0 ? (block === "model" ? "all" : "–") : String(layer);
+  }
+
   layerName(s) {
     const { layer, block } = this.sites[s];
-    return layer < 0 ? `whole ${block}` : `layer ${layer}`;
+    return layer < 0 ? (block === "model" ? "whole model" : block) : `layer ${layer}`;
   }
 }
 

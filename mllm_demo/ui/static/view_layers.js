@@ -123,14 +123,13 @@ function createLayersView(root, view) {
     const every = Math.ceil(13 / size.row);
     p.textAlign = "right";
     view.sites().forEach((s, y) => {
-      const { layer } = view.trace.sites[s];
       const on = y === view.layer;
       const near = Math.abs(y - view.layer) < every && !on;
       if (!on && (y % every || near)) return;
       p.fillStyle = view.ink();
       p.globalAlpha = on ? 1 : 0.6;
       p.font = `${on ? "700 " : ""}11px system-ui, sans-serif`;
-      p.fillText(layer < 0 ? "all" : String(layer), 28, MAP_HEAD + (y + 0.5) * size.row);
+      p.fillText(view.trace.layerMark(s), 28, MAP_HEAD + (y + 0.5) * size.row);
     });
     p.globalAlpha = 1;
     p.font = "11px system-ui, sans-serif";

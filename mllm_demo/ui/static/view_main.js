@@ -116,7 +116,7 @@ function createRoutingView(element, props, watch) {
     slider.value = view.layer;
     slider.disabled = play.disabled = view.sites().length < 2;
     slider.setAttribute("aria-valuetext", name);
-    find(".rv-layer-value").textContent = view.site().layer < 0 ? "all" : String(view.site().layer);
+    find(".rv-layer-value").textContent = view.trace.layerMark(view.siteIndex());
     parts.now.textContent = view.describe(view.token, view.siteIndex());
     const whole = view.site().granularity === "sequence";
     root.dataset.whole = String(whole);

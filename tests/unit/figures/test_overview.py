@@ -72,8 +72,11 @@ def test_pathways_show_counted_steps_and_shared_ways(trace):
     assert len(dots.x) == 2 + 3, "no dot for an expert that the layer does not have"
 
 
-def test_one_layer_has_no_pathways(trace):
-    assert pathways_figure(trace, trace.sites[:1], "mlp") is None
+def test_one_layer_has_no_pathways_and_says_so(trace):
+    figure = pathways_figure(trace, trace.sites[:1], "mlp")
+    assert not figure.data and figure.layout.title.text == "Pathways · mlp"
+    assert figure.layout.title.subtitle.text.startswith("one layer has such routers")
+    assert figure.layout.xaxis.visible is False and figure.layout.yaxis.visible is False
 
 
 def test_layers_between_the_routers_are_not_named(trace):
@@ -98,7 +101,33 @@ def test_the_load_of_many_experts_is_a_map_of_the_same_shares():
     np.testing.assert_allclose(np.asarray(heat.z, float), 100 * load_table(trace, trace.sites).T)
 
 
+def hovers(figure) -> set[str]:
+    """Where the figure says that something is, wherever one points at it."""
+    said = [one.text if one.text is not None else one.customdata for one in figure.data if "%{" in one.hovertemplate]
+    return {str(place) for places in said for place in np.ravel(np.asarray(places, dtype=object))}
+
+
 @pytest.mark.parametrize("draw", [expert_load_figure, modality_share_figure])
-def test_a_router_of_the_whole_model_is_no_layer_below_zero(trace, draw):
-    whole = [replace(trace.sites[0], layer_idx=-1)]
-    assert draw(trace, whole, "model").layout.xaxis.ticktext == ("all",)
+@pytest.mark.parametrize(
+    ("block", "tick", "hover"),
+    [("model", "all", "whole model"), ("connector", "connector", "connector"), ("vision", "vision", "vision")],
+)
+def test_a_router_beside_the_layers_is_no_layer_below_zero(trace, draw, block, tick, hover):
+    beside = [replace(trace.sites[0], layer_idx=-1, block=block)]
+    figure = draw(trace, beside, block)
+    assert figure.layout.xaxis.ticktext == (tick,) and hovers(figure) == {hover}
+    assert not any("layer" in (one.hovertemplate or "") for one in figure.data)
+
+
+@pytest.mark.parametrize("draw", [expert_load_figure, modality_share_figure])
+def test_a_hover_names_the_layer(trace, draw):
+    assert hovers(draw(trace, trace.sites, "mlp")) == {"layer 0", "layer 1"}
+
+
+def test_the_hover_of_many_experts_and_of_pathways_names_where_a_router_stands():
+    trace = large_trace(experts=128, layers=2, grid=2, words=20)
+    beside = [replace(trace.sites[0], layer_idx=-1, block="model"), trace.sites[1]]
+    assert hovers(expert_load_figure(trace, beside, "mlp")) == {"whole model", "layer 1"}
+    dots = pathways_figure(trace, beside, "mlp").data[-1]
+    assert {place for place, *_ in dots.customdata} == {"whole model", "layer 1"}
+    assert dots.hovertemplate.startswith("%{customdata[0]}, expert")

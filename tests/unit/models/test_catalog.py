@@ -97,6 +97,13 @@ def test_thirty_billion_weights_in_experts_fit_a_card_of_24_gb():
     assert seen.four_bit_share > 0.97
 
 
+@pytest.mark.parametrize("name", json.loads(footprint.CONFIGURATIONS.read_text("utf-8")))
+def test_the_card_that_a_note_names_is_the_smallest_that_holds_the_model(name):
+    entry = catalog.find(name)
+    smallest = min(size for size in (8, 12, 16, 24, 80) if entry.needs_gb <= size)
+    assert f"{smallest} GB GPU" in entry.note
+
+
 def test_a_larger_model_of_a_family_needs_more():
     by_name = {preset.name: preset.needs_gb for preset in catalog.presets()}
     assert by_name["qwen2-vl-2b"] < by_name["qwen2-vl-7b"]

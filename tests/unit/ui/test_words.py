@@ -8,7 +8,7 @@ from mllm_demo.chat.events import EngineStatus, Finished, Queued, Started
 from mllm_demo.ui import words
 from mllm_demo.ui.callbacks import notice, progress, status_line
 
-READY = EngineStatus("ready", "Some model", "an adapter", "cuda:0", "nf4", 0.734, 3 * 2**30, 10, 2048, True)
+READY = EngineStatus("ready", "Some model", "an adapter", "cuda:0", "nf4", 0.734, 3 * 10**9, 10, 2048, True)
 
 
 def test_the_status_line_names_model_device_share_speed_and_memory():
@@ -28,7 +28,7 @@ def test_what_is_special_about_a_model_stands_below_it():
 
 
 def test_an_unquantized_model_does_not_boast():
-    status = EngineStatus("ready", "m", None, "cpu", "none", 0.0, 2**20, 1)
+    status = EngineStatus("ready", "m", None, "cpu", "none", 0.0, 10**6, 1)
     assert words.status_parts(status, None) == ["m", "CPU", "not quantized", "1 MB"]
 
 
