@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from mllm_demo.models.loading import LoadedModel
 from mllm_demo.routing.controls import masked_experts
-from mllm_demo.routing.specialization import permutation_test, preferred
+from mllm_demo.routing.specialization import by_task, permutation_test, preferred
 from mllm_demo.routing.tap import RoutingTap
 from mllm_demo.routing.trace import Token
 from mllm_demo.settings import QUANTIZATIONS
@@ -118,6 +118,8 @@ def main() -> None:
         )
     if options.out:
         report = {"sites": sites, "information": found.information.tolist(), "p": found.p_value.tolist()}
+        table_of = by_task(counts, tasks)
+        report["shares"] = (table_of / table_of.sum(-1, keepdims=True)).round(4).tolist()  # (sites, tasks, experts)
         report |= {"expected": found.expected.tolist(), "masking": table, "items": options.items}
         options.out.write_text(json.dumps(report, indent=1) + "\n")
 

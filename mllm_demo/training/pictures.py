@@ -1,0 +1,119 @@
+"""Draws what training left behind: the curves of a run, and how its experts divide the work.
+
+    python -m mllm_demo.training.pictures                      # both, from the records in assets/training/
+    python -m mllm_demo.training.pictures --curves runs/chat   # the curves of one's own run
+
+It knows nothing of models; the records are what `chat`, `experts` and `evaluate` wrote.
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+
+from mllm_demo.figures.palette import expert_colors
+
+RECORDS = Path(__file__).resolve().parents[2] / "assets" / "training"
+TITLES = {
+    "stage1": "I: connector and single LoRA",
+    "stage2-4": "II: experts copied, routers",
+    "stage3-4": "III: four experts",
+    "stage2-1": "II, single LoRA",
+    "stage3-1": "III, single LoRA",
+}
+LABELS = {"answers": "loss on answers", "text": "drift of text alone, nats", "balance": "imbalance of experts"}
+
+
+def read_curve(file: Path) -> list[dict]:
+    """The logged steps of a run, oldest first; other rows are left out."""
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    return [row for row in rows if "step" in row and "samples/s" in row]
+
+
+def curves(folder: Path) -> Figure:
+    """One panel per quantity; stages follow each other by their steps, the single LoRA beside the experts."""
+    runs = {name: read_curve(folder / name / "log.jsonl") for name in TITLES if (folder / name / "log.jsonl").exists()}
+    shown = [name for name in LABELS if any(name in row for rows in runs.values() for row in rows)]
+    figure, axes = pyplot.subplots(1, len(shown), figsize=(4.2 * len(shown), 3.2), squeeze=False, layout="constrained")
+    starts, ends = {}, {"4": 0, "1": 0}
+    for name, rows in runs.items():
+        tracks = ends if name == "stage1" else [name.rpartition("-")[2]]
+        starts[name] = max(ends[track] for track in tracks)
+        for track in tracks:
+            ends[track] = starts[name] + rows[-1]["step"]
+    for axis, quantity in zip(axes[0], shown, strict=True):
+        for index, (name, rows) in enumerate(runs.items()):
+            points = [(starts[name] + row["step"], row[quantity]) for row in rows if quantity in row]
+            if points:
+                style = ":" if name.endswith("-1") else "-"
+                axis.plot(*zip(*points, strict=True), style, color=f"C{index}", label=TITLES[name])
+        axis.set(xlabel="step", title=LABELS[quantity], yscale="log" if quantity != "balance" else "linear")
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize="x-small", frameon=False)
+    return figure
+
+
+def where(site: str) -> str:
+    """A site's module path as people say it: layer and block."""
+    layer = re.search(r"\.(\d+)\.", site)
+    return f"{'attention' if 'attn' in site else 'MLP'} {layer.group(1) if layer else ''}".strip()
+
+
+def experts(report: dict) -> Figure:
+    """Information per layer, tasks by experts at the router that tells most, and what masking does to each task."""
+    sites, information = report["sites"], np.array(report["information"])
+    expected, shares = np.array(report["expected"]), np.array(report["shares"])  # (sites), (sites, tasks, experts)
+    tasks = [row["task"] for row in report["masking"]]
+    figure, (left, middle, right) = pyplot.subplots(
+        1, 3, figsize=(13, 4), layout="constrained", width_ratios=(1.1, 1, 1.1)
+    )
+    for block in ("attention", "MLP"):
+        chosen = [index for index, site in enumerate(sites) if where(site).startswith(block)]
+        left.plot(information[chosen], "o-", markersize=3, label=block)
+    left.plot(expected[chosen], ":", color="grey", label="by chance")
+    left.set(xlabel="layer", ylabel="bits", title="What a router's choice tells about the task")
+    left.legend(frameon=False, fontsize="small")
+    left.grid(alpha=0.3)
+
+    most = int(information.argmax())
+    image = middle.imshow(shares[most], cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for (row, column), share in np.ndenumerate(shares[most]):
+        middle.text(column, row, f"{share:.0%}", ha="center", va="center", color="white" if share > 0.5 else "black")
+    middle.set_yticks(range(len(tasks)), tasks)
+    middle.set_xticks(range(shares.shape[2]), [f"expert {index}" for index in range(shares.shape[2])])
+    for label, colour in zip(middle.get_xticklabels(), expert_colors(shares.shape[2]), strict=True):
+        label.set_color(colour)
+    middle.set_title(f"Tokens of each task by expert ({where(sites[most])})")
+    figure.colorbar(image, ax=middle, format="{x:.0%}", fraction=0.05)
+
+    own = [row["masked"][index] for index, row in enumerate(report["masking"])]
+    other = [row["random others"][index] for index, row in enumerate(report["masking"])]
+    heights = np.arange(len(tasks))
+    right.barh(heights - 0.2, own, 0.4, label="its preferred experts masked")
+    right.barh(heights + 0.2, other, 0.4, color="lightgrey", label="random others masked")
+    right.set_yticks(heights, tasks)
+    right.invert_yaxis()
+    right.set(xlabel="change of the loss on its answers", title="What each task loses")
+    right.legend(frameon=False, fontsize="small")
+    right.grid(alpha=0.3, axis="x")
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--curves", type=Path, default=RECORDS / "curves", help="folder of stages with their log.jsonl")
+    parser.add_argument("--experts", type=Path, default=RECORDS / "experts.json", help="what training.experts wrote")
+    parser.add_argument("--out", type=Path, default=RECORDS, help="folder for the pictures")
+    options = parser.parse_args()
+    matplotlib.use("Agg")
+    curves(options.curves).savefig(options.out / "curves.png", dpi=130)
+    experts(json.loads(options.experts.read_text())).savefig(options.out / "experts.png", dpi=130)
+
+
+if __name__ == "__main__":
+    main()

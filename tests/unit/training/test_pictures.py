@@ -1,0 +1,42 @@
+"""Records become pictures that show every task, every stage and the quantities that were logged."""
+
+import json
+
+import matplotlib
+import pytest
+
+from mllm_demo.training import pictures
+
+matplotlib.use("Agg")
+
+
+def words(figure) -> set[str]:
+    return {text.get_text() for text in figure.findobj(matplotlib.text.Text)}
+
+
+@pytest.fixture
+def run(tmp_path):
+    for stage, quantity in (("stage1", "answers"), ("stage3-4", "balance")):
+        folder = tmp_path / stage
+        folder.mkdir()
+        rows = [{"step": step, "samples/s": 1.0, quantity: 1 / step} for step in (10, 20)]
+        lines = [json.dumps(row) for row in [*rows, {"step": 20, "held-out": {}}]]
+        (folder / "log.jsonl").write_text("\n".join(lines))
+    return tmp_path
+
+
+def test_curves_name_their_stages_and_follow_each_other(run):
+    figure = pictures.curves(run)
+    assert {"loss on answers", "imbalance of experts"} <= words(figure)
+    first, second = figure.axes
+    assert list(first.lines[0].get_xdata()) == [10, 20]
+    assert list(second.lines[0].get_xdata()) == [30, 40]
+
+
+def test_experts_shows_the_router_that_tells_most():
+    sites = ["model.layers.0.self_attn", "model.layers.0.mlp", "model.layers.7.self_attn", "model.layers.7.mlp"]
+    shares = [[[0.5, 0.5], [0.5, 0.5]], [[0.5, 0.5], [0.5, 0.5]], [[0.9, 0.1], [0.25, 0.75]], [[0.5, 0.5], [0.5, 0.5]]]
+    rows = [{"task": task, "masked": [0.3, 0.1], "random others": [0.1, 0.1]} for task in ("naming", "reading")]
+    report = {"sites": sites, "information": [0.1, 0.1, 0.4, 0.1], "expected": [0.01] * 4}
+    shown = words(pictures.experts(report | {"shares": shares, "masking": rows}))
+    assert {"naming", "reading", "90%", "75%", "expert 1", "Tokens of each task by expert (attention 7)"} <= shown
