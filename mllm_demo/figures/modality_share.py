@@ -7,12 +7,12 @@ import numpy as np
 from plotly import graph_objects as go
 
 from mllm_demo.figures.palette import MANY_EXPERTS
-from mllm_demo.figures.style import INK, LINE, TALLEST, few, names, places, styled
+from mllm_demo.figures.style import INK, LINE, TALLEST, few, heading, names, places, styled
 from mllm_demo.routing.stats import load_by_modality
 from mllm_demo.routing.trace import RoutingTrace, Site
 
 SMALLEST_SCALE = 20
-SUBTITLE = "an expert's share of the image minus its share of the text"
+SUBTITLE = "share of the image minus share of the text"
 SUBTITLE_WITHIN = "what an expert serves, image and text counting alike"
 
 
@@ -55,8 +55,9 @@ def modality_share_figure(trace: RoutingTrace, sites: Sequence[Site], label: str
             "<br>within it %{customdata[2]:.0f} % image<extra></extra>"
         ),
     )
+    title = f"Picture or text? · {label}"
     height = 178 + min(44 * experts, TALLEST)
-    figure = styled(go.Figure(heat), title=f"Picture or text? · {label}", subtitle=SUBTITLE, height=height)
+    figure = styled(go.Figure(heat), title=title, subtitle=SUBTITLE, height=height)
     layers = [site.layer_idx for site in sites]
     figure.update_xaxes(title="layer", showgrid=False, tickvals=few(layers), ticktext=few(names(sites)))
     figure.update_yaxes(autorange="reversed", showgrid=False)
@@ -73,7 +74,7 @@ def modality_share_figure(trace: RoutingTrace, sites: Sequence[Site], label: str
                         "method": "update",
                         "args": [
                             {"z": [z], "zmin": low, "zmax": high, "colorbar.tickvals": [[low, (low + high) / 2, high]]},
-                            {"title.subtitle.text": subtitle},
+                            {"title.text": heading(title, subtitle)},
                         ],
                     }
                     for name, z, low, high, subtitle in views

@@ -20,9 +20,8 @@ def styled(figure: go.Figure, *, title: str, subtitle: str, height: int) -> go.F
     """Both lines must fit a telephone: about 30 characters for `title`, 55 for `subtitle`."""
     figure.update_layout(
         title={
-            "text": title,
+            "text": heading(title, subtitle),
             "font": {"size": 15},
-            "subtitle": {"text": subtitle, "font": {"size": 12, "color": INK}},
             "x": 0.01,
             "xanchor": "left",
             "xref": "container",
@@ -45,6 +44,11 @@ def styled(figure: go.Figure, *, title: str, subtitle: str, height: int) -> go.F
     figure.update_xaxes(gridcolor=LINE, zeroline=False)
     figure.update_yaxes(gridcolor=LINE, zeroline=False)
     return figure
+
+
+def heading(title: str, subtitle: str) -> str:
+    """Two lines. Plotly's own subtitle would lie on the title in a figure that is drawn while its tab is hidden."""
+    return f"{title}<br><span style='font-size:12px'>{subtitle}</span>"
 
 
 def sentence_figure(title: str, sentence: str) -> go.Figure:

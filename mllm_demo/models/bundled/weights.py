@@ -8,12 +8,14 @@ It knows nothing of adapters or of what is loaded later.
 
 import gc
 import hashlib
-import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
@@ -51,45 +53,67 @@ def place(quantization: str, cache_dir: Path | None) -> Path:
 def prepare(quantization: str, cache_dir: Path | None, progress: Progress) -> Path:
     """Folder of the bundled model in `quantization`; raises `DownloadError` or `LoadError`.
 
-    Nothing is fetched or computed when the folder exists; a half-made one never stays.
+    Nothing is fetched or computed when the folder exists; a half-made one never stays. Of several starts at once on
+    one cache the first makes it and the others wait.
     """
     progress = monotone(progress)
     cache = Path(cache_dir or default_cache_dir())
     target = place(quantization, cache)
     if target.exists():
         return target
-
-    def fetched(done: int, total: int) -> None:
-        fraction = 0.6 * done / max(total, 1)
-        progress(LoadProgress(fraction, f"Fetching SmolLM2-135M-Instruct: {done / 1e6:.0f} of {total / 1e6:.0f} MB"))
-
     try:
-        gguf = language_model(cache / "bundled", fetched)
-        with (
-            tempfile.TemporaryDirectory(dir=target.parent, prefix=".part-") as folder,
-            bars_as_progress(monotone(progress, 0.6, 0.8)),
-        ):
-            full, ready = Path(folder) / "full", Path(folder) / "ready"
-            processor = make_processor(gguf, vision_config(VISION_FILE))
-            model = assemble(gguf, processor, VISION_FILE)
-            progress(LoadProgress(0.8, "Saving the language model joined to its eyes"))
-            _halve(model.model.language_model)
-            model.save_pretrained(full)
-            del model
-            gc.collect()
-            if quantization == "none":
-                ready = full
-            else:
-                progress(LoadProgress(0.9, f"Quantizing it to {quantization.upper()}, once"))
-                _quantize(full, ready, quantization)
-            processor.save_pretrained(ready)
-            shutil.move(ready, target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(target, progress):
+            if not target.exists():
+                _make(target, quantization, cache, progress)
     except OSError as error:
         raise LoadError(
             f"Could not write the model to {cache} ({error.strerror}); choose another --cache-dir."
         ) from error
     progress(LoadProgress(1.0, "The model is on disk"))
     return target
+
+
+@contextmanager
+def _alone(target: Path, progress: Progress) -> Iterator[None]:
+    """Held by one process at a time; one that is killed holds it no longer."""
+    lock = FileLock(target.with_name(f".{target.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        progress(LoadProgress(0.0, "Another start of the program is making the model ready; waiting for it"))
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _make(target: Path, quantization: str, cache: Path, progress: Progress) -> None:
+    def fetched(done: int, total: int) -> None:
+        fraction = 0.6 * done / max(total, 1)
+        progress(LoadProgress(fraction, f"Fetching SmolLM2-135M-Instruct: {done / 1e6:.0f} of {total / 1e6:.0f} MB"))
+
+    gguf = language_model(cache / "bundled", fetched)
+    with (
+        tempfile.TemporaryDirectory(dir=target.parent, prefix=".part-") as folder,
+        bars_as_progress(monotone(progress, 0.6, 0.8)),
+    ):
+        full, ready = Path(folder) / "full", Path(folder) / "ready"
+        processor = make_processor(gguf, vision_config(VISION_FILE))
+        model = assemble(gguf, processor, VISION_FILE)
+        progress(LoadProgress(0.8, "Saving the language model joined to its eyes"))
+        _halve(model.model.language_model)
+        model.save_pretrained(full)
+        del model
+        gc.collect()
+        if quantization == "none":
+            ready = full
+        else:
+            progress(LoadProgress(0.9, f"Quantizing it to {quantization.upper()}, once"))
+            _quantize(full, ready, quantization)
+        processor.save_pretrained(ready)
+        ready.rename(target)
 
 
 def _halve(language_model: nn.Module) -> None:

@@ -61,7 +61,7 @@ def test_the_second_view_of_the_map_is_within_an_expert(trace):
 
 def test_pathways_show_counted_steps_and_shared_ways(trace):
     figure = pathways_figure(trace, trace.sites, "mlp")
-    assert "4 tokens, 2 ways, at most 3 alike" in figure.layout.title.subtitle.text
+    assert "4 tokens, 2 ways, at most 3 alike" in figure.layout.title.text
     ways = [line for line in figure.data if line.hovertemplate and "took this way" in line.hovertemplate]
     assert len(ways) == 1, "the way of one token alone is not a shared one"
     assert list(ways[0].y) == [1, 2] and ways[0].line.color.lower() in ("#d55e00", "rgb(213, 94, 0)")
@@ -74,8 +74,8 @@ def test_pathways_show_counted_steps_and_shared_ways(trace):
 
 def test_one_layer_has_no_pathways_and_says_so(trace):
     figure = pathways_figure(trace, trace.sites[:1], "mlp")
-    assert not figure.data and figure.layout.title.text == "Pathways · mlp"
-    assert figure.layout.title.subtitle.text.startswith("one layer has such routers")
+    assert not figure.data and figure.layout.title.text.startswith("Pathways · mlp<br>")
+    assert figure.layout.title.text.count("one layer has such routers")
     assert figure.layout.xaxis.visible is False and figure.layout.yaxis.visible is False
 
 

