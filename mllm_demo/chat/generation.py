@@ -35,7 +35,6 @@ NEUTRAL = {
     "encoder_no_repeat_ngram_size": 0,
     "encoder_repetition_penalty": 1.0,
     "guidance_scale": 1.0,
-    "min_length": 0,
     "min_new_tokens": 0,
 }
 NEUTRAL_WHEN_DRAWN = {"min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}

@@ -176,6 +176,7 @@ def test_the_model_s_own_habits_of_answering_play_no_part(model_with_habits, tmp
 def model_with_habits(tmp_path) -> tuple[ModelChoice, ModelChoice]:
     folders = [qwen3_vl().save(tmp_path / name) for name in ("plain", "habitual")]
     habits = {"num_beams": 3, "repetition_penalty": 1.9, "do_sample": True, "no_repeat_ngram_size": 1, "top_k": 5}
+    habits |= {"min_new_tokens": 20, "min_length": 200}
     path = folders[1] / "generation_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | habits))
     return tuple(ModelChoice(str(folder), None, "nf4", "cpu") for folder in folders)
