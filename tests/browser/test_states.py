@@ -174,7 +174,7 @@ def test_what_a_model_takes_is_a_table_and_what_does_not_fit_a_sentence(visit, s
 
     page.get_by_role("combobox", name="Model").fill("large/model")
     page.get_by_role("combobox", name="Model").press("Enter")
-    expect(seen).to_contain_text("It does not fit here: 1.9 GB is free on the CPU.")
+    expect(seen).to_contain_text("It does not fit here: 2.0 GB is free on the CPU.")
     expect(table.get_by_role("row", name=re.compile("^all 60.0 B"))).to_be_visible()
     assert table.evaluate("table => table.scrollWidth <= table.parentElement.clientWidth")
 

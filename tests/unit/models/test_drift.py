@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText
 
 from mllm_demo.chat.generation import generate
+from mllm_demo.chat.layout import image_token_id
 from mllm_demo.chat.messages import Message
 from mllm_demo.cli import run
 from mllm_demo.errors import TraceError
@@ -21,6 +21,7 @@ from mllm_demo.routing import drift
 from mllm_demo.settings import ModelChoice, Sampling, Settings
 from tests.unit.models import tiny_awaker
 from tests.unit.models.conftest import _save_adapter
+from tests.unit.models.mixtures import save_lora, save_xlora
 from tests.unit.models.test_families import WIDE, picture
 from tests.unit.models.test_native_families import EXPERTS, qwen3_vl
 
@@ -86,12 +87,13 @@ def mean_of_all(checkpoint: Path, folder: Path) -> Path:
     return _save_adapter(checkpoint, config, folder)
 
 
-@pytest.fixture(params=["token", "sequence, pooled", "sequence, prompt's mean", "awaker", "qwen3-vl-moe"])
+@pytest.fixture(params=["token", "x-lora", "sequence, pooled", "sequence, prompt's mean", "awaker", "qwen3-vl-moe"])
 def model(request, checkpoint, moe_lora, tmp_path) -> ModelChoice:
     """Every way to choose: by token, once for a prompt, once more for its answer, and a model's own experts."""
     folder = tmp_path / "model"
     model, adapter = {
         "token": lambda: (checkpoint, moe_lora),
+        "x-lora": lambda: (checkpoint, xlora(checkpoint, tmp_path)),
         "sequence, pooled": lambda: (checkpoint, pooled(checkpoint, folder)),
         "sequence, prompt's mean": lambda: (checkpoint, mean_of_all(checkpoint, folder)),
         "awaker": lambda: (tiny_awaker.save(folder), None),
@@ -100,10 +102,24 @@ def model(request, checkpoint, moe_lora, tmp_path) -> ModelChoice:
     return ModelChoice(str(model), adapter and str(adapter), "nf4", "cpu")
 
 
+def xlora(checkpoint: Path, folder: Path) -> Path:
+    """A mixture that is read without the KV cache, so that every step reads prompt and answer again."""
+    experts = [save_lora(checkpoint, folder / f"expert{seed}", seed) for seed in (1, 2)]
+    return save_xlora(checkpoint, folder / "xlora", experts)
+
+
 def endless(*arguments):
-    """Loads a model that never ends an answer; a random one may end it at once."""
+    """Loads a model that never ends an answer nor draws the token of a picture, as a random one may at any time."""
     loaded = load(*arguments)
     loaded.model.generation_config.eos_token_id = []
+    return biased(loaded, -1e4)
+
+
+def biased(loaded, logit: float):
+    """With `logit` for the token of a picture, whatever the model thinks of it."""
+    image = torch.tensor(image_token_id(loaded.processor, loaded.model.config))
+    head = loaded.model.get_output_embeddings()
+    head.register_forward_hook(lambda module, args, out: out.index_fill(-1, image, logit))
     return loaded
 
 
@@ -185,18 +201,9 @@ def model_with_habits(tmp_path) -> tuple[ModelChoice, ModelChoice]:
 def test_no_answer_holds_a_picture(tmp_path, monkeypatch):
     """A random model that would answer with nothing but the token of a picture has to say something else."""
     choice = ModelChoice(str(qwen3_vl().save(tmp_path / "model")), None, "nf4", "cpu")
-
-    def biased(*arguments):
-        loaded = endless(*arguments)
-        image = loaded.model.config.image_token_id
-        head = loaded.model.lm_head
-        head.weight.data[image] = 0
-        head.register_forward_hook(lambda module, args, out: out.index_fill(-1, torch.tensor(image), 1e4))
-        return loaded
-
-    monkeypatch.setattr(drift, "load", biased)
+    monkeypatch.setattr(drift, "load", lambda *arguments: biased(endless(*arguments), 1e4))
     (trace,), (answer,), _ = drift.read(Settings(choice, Sampling(LONGEST), cache_dir=tmp_path), "none", asked(), None)
-    image = AutoModelForImageTextToText.from_pretrained(tmp_path / "model").config.image_token_id
+    image = qwen3_vl().config.image_token_id
     assert len(answer) == LONGEST and image not in answer and image in [token.id for token in trace.tokens]
 
 
