@@ -113,20 +113,22 @@ def main() -> None:
         right = [is_right(question, reply) for (_, question), reply in zip(made, said, strict=True)]
         low, high = interval(sum(right), len(made))
         table[task] = {"right": round(sum(right) / len(made), 3), "low": low, "high": high, "items": len(made)}
+        table[task]["hits"] = [int(ok) for ok in right]
         if not options.no_blind:
             grey = np.full_like(made[0][0], GREY)
             guessed = answers(loaded, [(grey, prompt) for prompt in prompts])
             table[task]["blind"] = round(
                 sum(is_right(q, reply) for (_, q), reply in zip(made, guessed, strict=True)) / len(made), 3
             )
-        print(f"{task:12} {table[task]}  {time.monotonic() - began:.0f} s", flush=True)
+        shown = {name: value for name, value in table[task].items() if name != "hits"}
+        print(f"{task:12} {shown}  {time.monotonic() - began:.0f} s", flush=True)
         wrong = [(q, reply) for (_, q), reply, ok in zip(made, said, right, strict=True) if not ok]
         for question, reply in wrong[: options.show]:
             print(f"    {question.prompt} → {reply!r}, expected {question.answer!r}")
     if options.out:
         report = {"split": options.split, "quantization": options.quantization, "bundle": str(options.bundle or "")}
-        report |= {"seed": options.seed, "tasks": table}
-        options.out.write_text(json.dumps(report, indent=1) + "\n")
+        report |= {"seed": options.seed, "items": options.items, "tasks": table}
+        options.out.write_text(json.dumps(report) + "\n")
 
 
 if __name__ == "__main__":
