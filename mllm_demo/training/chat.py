@@ -219,7 +219,7 @@ def main() -> None:
     pad = processor.tokenizer.pad_token_id
     loader = DataLoader(data, options.batch_size // world, num_workers=1, collate_fn=partial(collate, pad=pad))
 
-    weights = {"answers": 1.0, "text": 1.0, "balance": BALANCE.get(options.stage, 0.0)}
+    weights = {"answers": 1.0, "text": 2.0, "balance": BALANCE.get(options.stage, 0.0)}
     model.train()
     model.base_model.model.model.vision_tower.eval()
     for batch in loader:
