@@ -133,8 +133,9 @@ def last_hidden(model: PeftModel, batch: dict[str, torch.Tensor]) -> torch.Tenso
 
 
 def losses_of(model: PeftModel, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """"answers": mean cross entropy over answer tokens; "text": mean Kullback-Leibler divergence, over the tokens of
-    text alone, of what the model says from what its language model says without the adapter."""
+    """"answers": mean over answers of the mean cross entropy over their tokens, so that a spelled line or a box weighs
+    no more than a colour; "text": mean Kullback-Leibler divergence, over the tokens of text alone, of what the model
+    says from what its language model says without the adapter."""
     head, is_text = model.get_output_embeddings(), batch["is_text"]
     if is_text.any():
         alone = {name: batch[name][is_text] for name in ("input_ids", "attention_mask")}
@@ -145,7 +146,9 @@ def losses_of(model: PeftModel, batch: dict[str, torch.Tensor]) -> dict[str, tor
     losses = {}
     answered = batch["labels"] != IGNORED
     if answered.any():
-        losses["answers"] = functional.cross_entropy(head(hidden[answered]).float(), batch["labels"][answered])
+        each = functional.cross_entropy(head(hidden[answered]).float(), batch["labels"][answered], reduction="none")
+        weights = batch["weights"][answered]
+        losses["answers"] = (each * weights).sum() / weights.sum()
     if is_text.any():
         said = head(hidden[is_text][read]).float().log_softmax(-1)
         losses["text"] = functional.kl_div(said, wanted, log_target=True, reduction="batchmean")

@@ -20,18 +20,20 @@ from mllm_demo.training.scenes import SPLITS, render
 IGNORED = -100  # the label that torch's cross entropy skips
 QUOTE = '"'
 # How often each kind of picture is talked about.
-MIX = {"single": 0.08, "same": 0.16, "objects": 0.22, "shapes": 0.14, "mixed": 0.05, "text": 0.15, "chart": 0.2}
+MIX = {"single": 0.14, "same": 0.2, "objects": 0.2, "shapes": 0.24, "mixed": 0.06, "text": 0.08, "chart": 0.08}
 
 
 @dataclass(frozen=True)
 class Sample:
-    """`input_ids`, `labels`: int64 `[T]`, labels already at the positions that predict them; `pixels` or None.
+    """`input_ids`, `labels`: int64 `[T]`, labels already at the positions that predict them; `weights`: float32 `[T]`,
+    one over the length of the answer that a label belongs to; `pixels` or None.
 
     `is_text`: the language model's own text, without labels, at which its speech is to be kept.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
+    weights: torch.Tensor
     pixels: torch.Tensor | None
     is_text: bool = False
 
@@ -74,19 +76,21 @@ class Encoder:
     def encode_text(self, text: str) -> Sample:
         """Text as it is, markup included."""
         ids = torch.tensor(self._tokenize(text))
-        return Sample(ids, torch.full_like(ids, IGNORED), None, is_text=True)
+        return Sample(ids, torch.full_like(ids, IGNORED), torch.zeros(len(ids)), None, is_text=True)
 
     def encode(self, turns: list[tuple[str, str]], pixels: torch.Tensor | None) -> Sample:
         """`turns`: (question, answer) pairs about one picture, which stands before the first question."""
         ids: list[int] = []
         labels: list[int] = []
+        weights: list[float] = []
         for index, (question, answer) in enumerate(turns):
             picture = self.image if pixels is not None and index == 0 else []
             prompt = self.before + picture + self._ids(question) + self.between
             reply = self._answer(answer) + self.end
             ids += prompt + reply + self.after
             labels += [IGNORED] * len(prompt) + reply + [IGNORED] * len(self.after)
-        return Sample(torch.tensor(ids), torch.tensor([*labels[1:], IGNORED]), pixels)
+            weights += [0.0] * len(prompt) + [1 / len(reply)] * len(reply) + [0.0] * len(self.after)
+        return Sample(torch.tensor(ids), torch.tensor([*labels[1:], IGNORED]), torch.tensor([*weights[1:], 0]), pixels)
 
 
 class Conversations(Dataset):
@@ -136,6 +140,7 @@ def collate(samples: list[Sample], pad: int) -> dict[str, torch.Tensor]:
         "input_ids": padded(ids, pad),
         "attention_mask": padded([torch.ones_like(row) for row in ids], 0),
         "labels": padded([sample.labels for sample in samples], IGNORED),
+        "weights": padded([sample.weights for sample in samples], 0.0),
         "is_text": torch.tensor([sample.is_text for sample in samples]),
     }
     pixels = [sample.pixels for sample in samples if sample.pixels is not None]

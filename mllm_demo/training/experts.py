@@ -27,6 +27,7 @@ from mllm_demo.training.questions import TASKS
 from mllm_demo.training.trained import HELP, load_trained
 
 BATCH = 24
+READ = ("input_ids", "attention_mask", "pixel_values")  # what of a batch the model reads
 
 
 def samples(loaded: LoadedModel, art: Path, split: str, count: int, seed: int) -> tuple[list[Sample], np.ndarray]:
@@ -42,7 +43,7 @@ def samples(loaded: LoadedModel, art: Path, split: str, count: int, seed: int) -
 
 
 def _inputs(loaded: LoadedModel, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: value.to(loaded.device) for name, value in batch.items() if name != "labels"}
+    return {name: value.to(loaded.device) for name, value in batch.items() if name in READ}
 
 
 @torch.inference_mode()

@@ -55,6 +55,15 @@ def test_labels_are_the_answers_and_their_ends_shifted_by_one(encoder):
     assert torch.equal(sample.labels[:-1][kept[:-1]], sample.input_ids[1:][kept[:-1]])
 
 
+def test_answers_weigh_alike_however_long_they_are(encoder):
+    sample = encoder.encode(TURNS, None)
+    kept = sample.labels != IGNORED
+    assert (sample.weights[~kept] == 0).all()
+    ends = (sample.labels == encoder.tokenizer.convert_tokens_to_ids("<|im_end|>")).nonzero().flatten()
+    first = sample.weights[: ends[0] + 1].sum()
+    assert first == pytest.approx(1) and sample.weights[ends[0] + 1 :].sum() == pytest.approx(1)
+
+
 def test_quoted_text_is_spelled_and_nothing_else(encoder):
     ids = encoder.encode(TURNS, None).input_ids
     tokens = encoder.tokenizer.convert_ids_to_tokens(ids)
