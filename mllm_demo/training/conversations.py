@@ -121,9 +121,11 @@ class Conversations(Dataset):
         rng = np.random.default_rng((self.seed, 77, index))
         if self.texts and rng.random() < self.text_share:
             return self.encoder.encode_text(self.texts[rng.integers(len(self.texts))])
-        kind = str(rng.choice(list(MIX), p=list(MIX.values())))
-        scene = render(art.load(self.art_folder), self.split, self.seed, index, kind=kind)
-        turns = [(question.prompt, question.answer) for question in ask_all(rng, scene, self.most)]
+        turns: list[tuple[str, str]] = []
+        while not turns:  # few pictures allow no question that is tried; another one then
+            kind = str(rng.choice(list(MIX), p=list(MIX.values())))
+            scene = render(art.load(self.art_folder), self.split, self.seed, index, kind=kind)
+            turns = [(question.prompt, question.answer) for question in ask_all(rng, scene, self.most)]
         pixels = self.encoder.processor.image_processor(scene.image, return_tensors="pt").pixel_values[0]
         return self.encoder.encode(turns, pixels)
 

@@ -63,7 +63,7 @@ def items(art_folder: Path, split: str, task: str, count: int, seed: int) -> lis
 
 
 @torch.inference_mode()
-def answers(loaded: LoadedModel, pairs: list[tuple[np.ndarray, str]], batch_size: int = 25) -> list[str]:
+def answers(loaded: LoadedModel, pairs: list[tuple[np.ndarray, str]], batch_size: int = 100) -> list[str]:
     """Greedy answers to (picture, prompt) pairs."""
     said, processor = [], loaded.processor
     for start in range(0, len(pairs), batch_size):

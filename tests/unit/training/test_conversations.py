@@ -1,12 +1,17 @@
 """Questions become tokens whose answers are the only labels, and quoted text is spelled a character a token."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mllm_demo.models.bundled.assembly import CHAT_TEMPLATE
-from mllm_demo.training.conversations import IGNORED, Encoder, collate
+from mllm_demo.training import conversations
+from mllm_demo.training.conversations import IGNORED, Conversations, Encoder, collate
+from mllm_demo.training.questions import Question
 
 
 class Processor:
@@ -79,6 +84,22 @@ def test_text_alone_is_read_as_it_is_and_has_no_answers(encoder):
     assert "oak" in tokens and tokens[0] == "<|im_start|>"
     assert (sample.labels == IGNORED).all()
     assert collate([sample, encoder.encode(TURNS, None)], pad=7)["is_text"].tolist() == [True, False]
+
+
+def test_a_picture_that_allows_no_question_gives_way_to_another(encoder, art, monkeypatch):
+    tried = []
+
+    def seldom(rng, scene, most):
+        tried.append(scene)
+        return [Question("naming", "What is this?", "This is a cat.", "cat")] if len(tried) > 2 else []
+
+    pixels = SimpleNamespace(pixel_values=[torch.zeros(3, 2, 2)])
+    monkeypatch.setattr(encoder.processor, "image_processor", lambda image, return_tensors: pixels, raising=False)
+    monkeypatch.setattr(conversations, "ask_all", seldom)
+    monkeypatch.setattr(conversations.art, "load", lambda folder: art)
+    sample = Conversations(Path("unused"), "train", 0, 1, encoder)[0]
+    assert len(tried) == 3 and sample.input_ids.dtype == torch.int64
+    assert "This is a cat." in encoder.tokenizer.decode(sample.input_ids)
 
 
 def test_a_batch_is_padded_on_the_right_and_holds_only_the_pictures_there_are(encoder):
