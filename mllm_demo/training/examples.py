@@ -16,7 +16,14 @@ from mllm_demo.training.scenes import HELD_OUT, render
 
 SEED, SIZE = 11, 448
 # (number, kind of picture, kind of chart, file name, question)
-CHOSEN: tuple[tuple[int, str, str | None, str, str], ...] = ()
+CHOSEN: tuple[tuple[int, str, str | None, str, str], ...] = (
+    (1, "single", None, "chicken", "What is this?"),
+    (8, "same", None, "helicopters", "How many helicopters are there?"),
+    (2, "shapes", None, "shapes", "What colour is the circle?"),
+    (4, "text", None, "crown", "What does it say?"),
+    (5, "objects", None, "things", "Where is the lemon?"),
+    (3, "objects", None, "night", "Is there a horse?"),
+)
 
 
 def main() -> None:

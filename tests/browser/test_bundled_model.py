@@ -19,7 +19,14 @@ def test_the_status_line_tells_what_runs_and_how_much_of_it_is_in_4_bit(visit, u
 
 
 @pytest.mark.parametrize(
-    ("example", "said"), [("What is this?", "cow"), ("How many balls", "3"), ("What colour is the circle?", "orange")]
+    ("example", "said"),
+    [
+        ("What is this?", "chicken"),
+        ("How many helicopters", "4"),
+        ("What colour is the circle?", "orange"),
+        ("What does it say?", "wide"),
+        ("Is there a horse?", "Yes"),
+    ],
 )
 def test_it_answers_its_examples(visit, url, example, said):
     page = visit(url)
