@@ -104,7 +104,9 @@ def main() -> None:
     parser.add_argument("--show", type=int, default=0, help="print this many wrong answers per task")
     options = parser.parse_args()
     loaded = load_trained(options.quantization, options.bundle)
-    table = {}
+    report = {"split": options.split, "quantization": options.quantization, "bundle": str(options.bundle or "")}
+    report |= {"seed": options.seed, "items": options.items}
+    table = report["tasks"] = {}
     for task in options.tasks:
         began = time.monotonic()
         made = items(options.art, options.split, task, options.items, options.seed)
@@ -122,13 +124,11 @@ def main() -> None:
             )
         shown = {name: value for name, value in table[task].items() if name != "hits"}
         print(f"{task:12} {shown}  {time.monotonic() - began:.0f} s", flush=True)
+        if options.out:  # after every task, so that a run that is cut short leaves what it found
+            options.out.write_text(json.dumps(report) + "\n")
         wrong = [(q, reply) for (_, q), reply, ok in zip(made, said, right, strict=True) if not ok]
         for question, reply in wrong[: options.show]:
             print(f"    {question.prompt} → {reply!r}, expected {question.answer!r}")
-    if options.out:
-        report = {"split": options.split, "quantization": options.quantization, "bundle": str(options.bundle or "")}
-        report |= {"seed": options.seed, "items": options.items, "tasks": table}
-        options.out.write_text(json.dumps(report) + "\n")
 
 
 if __name__ == "__main__":
