@@ -4,6 +4,7 @@
     python -m mllm_demo.training.chat --stage 2 --steps 100                # experts copied from it, routers balanced
     python -m mllm_demo.training.chat --stage 3 --steps 400                # experts on the full mixture
     python -m mllm_demo.training.chat --stage 3 --export                   # writes the shipped files, or those --to
+    python -m mllm_demo.training.chat --stage 3 --init assets/bundled --out runs/more --seed 1  # from what is shipped
     torchrun --nproc-per-node 2 -m mllm_demo.training.chat --threads 1 ... # one process a core, gradients averaged
 
 `--experts 1` in stages 2 and 3 goes on with a single LoRA of the same active rank, for comparison. The language
@@ -24,7 +25,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Subset
 
-from mllm_demo.models.bundled.assembly import save_vision
+from mllm_demo.models.bundled.assembly import load_vision, save_vision
 from mllm_demo.models.bundled.weights import ADAPTER, ASSETS, VISION_FILE
 from mllm_demo.models.quantize import compute_dtype, resolve_device
 from mllm_demo.training import art
@@ -75,6 +76,11 @@ def build(options, device: torch.device, rank: int) -> tuple[PeftModel, object, 
     talk = texts(model, processor, options.base / "texts.json")
     if rank == 0:
         wait_for_others()
+    if options.init:
+        load_vision(model, options.init / VISION_FILE.name)
+        round_to_nf4(model.model.language_model)
+        model.requires_grad_(False)
+        return PeftModel.from_pretrained(model, options.init / ADAPTER.name, is_trainable=True), processor, talk
     taught = read_taught(options.tower)
     model.model.vision_tower.load_state_dict(taught["tower"])
     connector = (
@@ -178,12 +184,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--tower", type=Path, default=TAUGHT_FILE, help="what stage 0 taught")
+    parser.add_argument("--init", type=Path, help="go on from a model in the layout of assets/bundled, in stage 3")
     parser.add_argument("--base", type=Path, default=Path("runs/base"))
     parser.add_argument("--art", type=Path, default=Path("runs/art"))
     parser.add_argument("--out", type=Path, default=Path("runs/chat"))
     parser.add_argument("--export", action="store_true", help="only write the shipped files from the last checkpoint")
     parser.add_argument("--to", type=Path, default=ASSETS, help="the folder that --export writes")
     options = parser.parse_args()
+    if options.init and options.stage != 3:
+        parser.error("--init goes on with a whole model, which is stage 3; leave it out or choose --stage 3.")
     torch.set_num_threads(options.threads)
     rank, world = join_processes()
     device = resolve_device("auto")
