@@ -112,7 +112,10 @@ def main() -> None:
     options = parser.parse_args()
     matplotlib.use("Agg")
     curves(options.curves).savefig(options.out / "curves.png", dpi=130)
-    experts(json.loads(options.experts.read_text())).savefig(options.out / "experts.png", dpi=130)
+    if options.experts.exists():
+        experts(json.loads(options.experts.read_text())).savefig(options.out / "experts.png", dpi=130)
+    else:
+        print(f"{options.experts} is not there yet; training.experts --out writes it.")
 
 
 if __name__ == "__main__":
