@@ -67,8 +67,8 @@ def _end_of(folder: Path) -> dict:
     return torch.load(file, weights_only=True)
 
 
-def build(options, device: torch.device, rank: int) -> tuple[PeftModel, object, tuple[tuple[str, str], ...]]:
-    """The adapted model where the stage before `options.stage` left it, on `device`, its processor, and small talk."""
+def build(options, device: torch.device, rank: int) -> tuple[PeftModel, object, tuple[str, ...]]:
+    """The adapted model where the stage before `options.stage` left it, on `device`, its processor, and text alone."""
     model, processor = build_model(options.base)
     model.to(device)
     if rank > 0:

@@ -5,8 +5,6 @@ It knows nothing of questions or of how the model was trained.
 
 from pathlib import Path
 
-from peft import PeftModel
-
 from mllm_demo.models.bundled.assembly import load_vision
 from mllm_demo.models.bundled.weights import ADAPTER, VISION_FILE
 from mllm_demo.models.loading import LoadedModel, load
@@ -20,6 +18,5 @@ def load_trained(quantization: str, bundle: Path | None = None) -> LoadedModel:
     adapter = None if bundle is None else str(bundle / ADAPTER.name)
     loaded = load(ModelChoice(quantization=quantization, adapter=adapter), None, lambda step: None)
     if bundle is not None:
-        model = loaded.model.base_model.model if isinstance(loaded.model, PeftModel) else loaded.model
-        load_vision(model, bundle / VISION_FILE.name)
+        load_vision(loaded.model.base_model.model, bundle / VISION_FILE.name)
     return loaded

@@ -23,8 +23,8 @@ from mllm_demo.chat.layouts.families import (
     Step3p7Processor,
 )
 from mllm_demo.chat.messages import Message
-from tests.unit.chat.test_layout import CONFIG, SIZES, SPECIAL, chat, cover, inner, picture, read, seen, tokenizer
-from tests.unit.chat.test_native_layouts import cells, named
+from tests.unit.chat.test_layout import CONFIG, SIZES, SPECIAL, chat, cover, picture, read, seen, tokenizer
+from tests.unit.chat.test_native_layouts import cells, check_spots, named
 
 if is_torchvision_available():
     from transformers import (
@@ -134,15 +134,7 @@ def test_a_bright_spot_in_a_token_s_box_lights_up_that_token(name, size):
     assert len(behind) == brightness(processor, inputs).size
     boxed = [number for number, token in enumerate(behind) if token.box]
     assert len(boxed) == len(behind) or name in PADDED or size == LINE
-    areas = np.array([(t.box[2] - t.box[0]) * (t.box[3] - t.box[1]) if t.box else 0 for t in behind])
-    checked = 0
-    for number in boxed[:: max(1, len(boxed) // 12)]:
-        spot = inner(behind[number].box)
-        _, lit, _ = read(processor, Message("user", (picture(*size, spot), "what?")))
-        shine = np.where(np.abs(areas - areas[number]) <= 0.1 * areas[number], brightness(processor, lit), -1)
-        assert int(shine.argmax()) == number, (number, spot)
-        checked += 1
-    assert checked >= 4
+    check_spots(processor, size, behind, boxed, brightness)
 
 
 @with_torchvision
