@@ -188,6 +188,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, default=Path("runs/base"))
     parser.add_argument("--art", type=Path, default=Path("runs/art"))
     parser.add_argument("--out", type=Path, default=Path("runs/chat"))
+    parser.add_argument("--compile", action="store_true", help="a third faster on a CPU with a C++ compiler")
     parser.add_argument("--export", action="store_true", help="only write the shipped files from the last checkpoint")
     parser.add_argument("--to", type=Path, default=ASSETS, help="the folder that --export writes")
     options = parser.parse_args()
@@ -204,6 +205,9 @@ def main() -> None:
     narrow(model, compute_dtype(device))
     if device.type == "cpu":
         model.base_model.model.set_attn_implementation("eager")  # the fused one is slow backwards there
+    if options.compile:
+        for layer in model.base_model.model.model.language_model.layers:
+            layer.compile(dynamic=True)  # one graph for all layers, with and without the adapter
     adapter = [p for name, p in model.named_parameters() if p.requires_grad and "lora_" in name]
     masters = Masters([*adapter, *connector.parameters()])
     copies = list(masters.copies)

@@ -19,6 +19,7 @@ EMPTY = " empty"
 PARTS = ("bar", "point", "slice")
 LETTER_SLOTS = 3
 VALUE_BINS = 51  # steps of 2 % of the range
+DIGITS = (11, 10)  # of an edge of a box in percent: 0 to 10 tens, 0 to 9 units
 UNKNOWN = -100  # no target: torch's cross entropy skips it
 CONCEPTS: tuple[tuple[str, ...], ...] = (
     (EMPTY,),
@@ -59,6 +60,13 @@ def concept_embeddings(embeddings: torch.Tensor, tokenizer) -> torch.Tensor:
         return embeddings[tokenizer(text, add_special_tokens=False).input_ids].float().mean(0)
 
     return torch.stack([torch.stack([word(text) for text in words]).sum(0) for words in CONCEPTS])
+
+
+def box_digits(boxes: torch.Tensor) -> torch.Tensor:
+    """Boxes `[..., 4]` as shares of the picture → int64 `[..., 4, 2]`, tens and units of each edge in percent, as an
+    answer writes it."""
+    percent = (100 * boxes).round().clamp(0, 100).long()
+    return torch.stack((percent // 10, percent % 10), dim=-1)
 
 
 def cell_targets(scene: Scene, side: int) -> CellTargets:

@@ -20,7 +20,7 @@ from mllm_demo.training.scenes import SPLITS, render
 IGNORED = -100  # the label that torch's cross entropy skips
 QUOTE = '"'
 # How often each kind of picture is talked about.
-MIX = {"single": 0.14, "same": 0.2, "objects": 0.2, "shapes": 0.24, "mixed": 0.06, "text": 0.08, "chart": 0.08}
+MIX = {"single": 0.1, "same": 0.16, "objects": 0.3, "shapes": 0.3, "mixed": 0.05, "text": 0.04, "chart": 0.05}
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Conversations(Dataset):
         count: int,
         encoder: Encoder,
         *,
-        most: int = 6,
+        most: int = 8,
         start: int = 0,
         texts: tuple[str, ...] = (),
         text_share: float = 0.125,

@@ -211,8 +211,8 @@ def ask(rng: np.random.Generator, scene: Scene, task: str, held_out: bool = Fals
 
 # How often each task is tried; those that fit few scenes or are slow to learn come first more often.
 _WEIGHTS = {
-    "naming": 1, "presence": 2, "counting": 3, "colour": 2, "shape": 1.5, "relations": 1.5, "grounding": 1,
-    "pointing": 0.5, "reading": 4, "chart": 8, "table": 8, "caption": 0.3, "unanswerable": 0.4,
+    "naming": 1, "presence": 2, "counting": 3, "colour": 1.5, "shape": 1.5, "relations": 5, "grounding": 5,
+    "pointing": 2, "reading": 4, "chart": 8, "table": 8, "caption": 0.3, "unanswerable": 0.4,
 }  # fmt: skip
 
 

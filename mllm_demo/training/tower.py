@@ -7,42 +7,59 @@ its output, thrown away afterwards, make sure that the boxes, letters, values an
     torchrun --nproc-per-node 2 -m mllm_demo.training.tower --threads 1
     python -m mllm_demo.training.tower --init assets/training/tower.safetensors    # go on from what was taught before
     python -m mllm_demo.training.tower --export                                    # writes that file
+    python -m mllm_demo.training.tower --keep assets/bundled --freeze 7 --out runs/digits   # teaches a shipped model
+
+With `--keep` a model goes on learning whose language model already reads its tokens: they may say more, but have to
+stay near what they were, and the words they should look like are left to that model.
 
 Resumes from `runs/tower/last.pt`; uses a GPU when there is one. It knows nothing of questions or experts.
 """
 
 import argparse
+from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from mllm_demo.models.bundled.assembly import load_vision, save_vision
 from mllm_demo.models.bundled.tower import imagenet_state_dict
+from mllm_demo.models.bundled.weights import VISION_FILE
 from mllm_demo.training import art
 from mllm_demo.training.base import TAUGHT_FILE, build_model, imagenet_weights, read_taught, save_taught
 from mllm_demo.training.concepts import (
     CONCEPTS,
+    DIGITS,
     LETTER_SLOTS,
     UNKNOWN,
     VALUE_BINS,
     CellTargets,
+    box_digits,
     cell_targets,
     concept_embeddings,
 )
 from mllm_demo.training.lettering import CHARACTERS
 from mllm_demo.training.runs import Run, average_gradients, cosine, join_processes, leave_processes
-from mllm_demo.training.scenes import SPLITS, render
+from mllm_demo.training.scenes import KINDS, SPLITS, render
 from mllm_demo.training.things import COLOURS
 
+# What is drawn for a model that is kept: more of what has a box.
+KEPT_MIX = {"single": 0.12, "same": 0.14, "objects": 0.26, "shapes": 0.2, "mixed": 0.06, "text": 0.14, "chart": 0.08}
 FROZEN_STAGES = 3  # edges and textures: most of the backward cost, least to learn
 
 
 class Cells(Dataset):
     """Pictures with what each of their cells should tell, ready for the tower."""
 
-    def __init__(self, art_folder: Path, split: str, seed: int, count: int, model, processor, start: int = 0):
+    def __init__(
+        self, art_folder: Path, split: str, seed: int, count: int, model, processor, start: int = 0,
+        mix: Mapping[str, float] = KINDS,
+    ):  # fmt: skip
+        self.mix = mix
         self.art_folder, self.split, self.seed = art_folder, SPLITS[split], seed
         self.count, self.start = count, start
         self.image_processor = processor.image_processor
@@ -52,7 +69,9 @@ class Cells(Dataset):
         return self.count
 
     def __getitem__(self, index: int):
-        scene = render(art.load(self.art_folder), self.split, self.seed, self.start + index)
+        index += self.start
+        kind = str(np.random.default_rng((self.seed, 78, index)).choice(list(self.mix), p=list(self.mix.values())))
+        scene = render(art.load(self.art_folder), self.split, self.seed, index, kind=kind)
         pixels = self.image_processor(scene.image, return_tensors="pt").pixel_values[0]
         return pixels, CellTargets(*(torch.from_numpy(array) for array in cell_targets(scene, self.side)))
 
@@ -64,6 +83,7 @@ class DenseHeads(nn.Module):
         super().__init__()
         self.sizes = (len(CONCEPTS), LETTER_SLOTS * (1 + len(CHARACTERS)), 4, VALUE_BINS, len(COLOURS))
         self.read = nn.Linear(width, sum(self.sizes))
+        self.digits = nn.Linear(width, 4 * sum(DIGITS))
         self.scale = nn.Parameter(torch.tensor(10.0))
         self.register_buffer("table", table)
         weights = torch.ones(len(CONCEPTS))
@@ -81,6 +101,11 @@ class DenseHeads(nn.Module):
         """tokens `[B, cells, width]` → logits of concepts covered, letters, boxes, values, colours."""
         return self.read(functional.layer_norm(tokens, tokens.shape[-1:])).split(self.sizes, dim=-1)
 
+    def box_digits(self, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """tokens `[..., width]` → logits of the tens `[..., 4, 11]` and units `[..., 4, 10]` of the box's edges."""
+        logits = self.digits(functional.layer_norm(tokens, tokens.shape[-1:]))
+        return logits.unflatten(-1, (4, -1)).split(DIGITS, dim=-1)
+
     def forward(self, tokens: torch.Tensor, target: CellTargets) -> dict[str, torch.Tensor]:
         tokens = tokens.float()
         covered, letters, boxes, values, colours = self.predictions(tokens)
@@ -93,6 +118,8 @@ class DenseHeads(nn.Module):
         known = target.centred > 0
         boxed = ~target.boxes.isnan().any(-1)
         wanted = self.table[target.centred[known]]
+        tens, units = self.box_digits(tokens[boxed])
+        digits = box_digits(target.boxes[boxed])
         return {
             "covered": cross_entropy(covered, target.covered, self.weights),
             "aligned": 2 * cross_entropy(self.similarity(tokens), target.centred, self.weights),
@@ -100,6 +127,8 @@ class DenseHeads(nn.Module):
             "letters": 2
             * cross_entropy(letters.unflatten(-1, (LETTER_SLOTS, -1)), target.letters, self.letter_weights),
             "boxes": 10 * (boxes.sigmoid()[boxed] - target.boxes[boxed]).abs().mean(),
+            "tens": cross_entropy(tens, digits[..., 0]),
+            "units": 0.3 * cross_entropy(units, digits[..., 1]),
             "values": 0.4 * cross_entropy(values, target.values),
             "colours": 0.4 * cross_entropy(colours, target.colours),
         }
@@ -119,15 +148,19 @@ def accuracy(see, heads: DenseHeads, loader: DataLoader, device: torch.device) -
         read = letters.unflatten(-1, (LETTER_SLOTS, -1)).argmax(-1) == target.letters
         near = (values.argmax(-1) - target.values).abs() <= 0.05 * (VALUE_BINS - 1)
         first, second = boxes.sigmoid()[boxed], target.boxes[boxed]
+        tens, units = (logits.argmax(-1) for logits in heads.box_digits(tokens[boxed]))
+        written = (10 * tens + units) / 100
         for name, right in {
             "things": named[boxed],
             "empty": named[target.centred == 0],
             "letters": read[target.letters > 0],
             "boxes": overlap(first, second) >= 0.5,
+            "written boxes": overlap(written, second) >= 0.5,
+            "tens": tens == box_digits(second)[..., 0],
             "values": near[target.values != UNKNOWN],
             "colours": (colours.argmax(-1) == target.colours)[target.colours != UNKNOWN],
         }.items():
-            hits.setdefault(name, []).append(right)
+            hits.setdefault(name, []).append(right.flatten())
     return {name: round(torch.cat(parts).float().mean().item(), 4) for name, parts in hits.items()}
 
 
@@ -137,6 +170,14 @@ def overlap(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     shared = (high - low).clamp(min=0).prod(-1)
     areas = [(boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(-1) for boxes in (first, second)]
     return shared / (areas[0] + areas[1] - shared).clamp(min=1e-9)
+
+
+def departure(tokens: torch.Tensor, before: torch.Tensor, target: CellTargets) -> torch.Tensor:
+    """Squared distance of tokens `[B, cells, width]` from what they were, relative to it: mean over the cells with
+    something in them, and mean over the others, weighed alike."""
+    moved = (tokens.float() - before).square().sum(-1) / before.square().sum(-1)
+    filled = target.centred != 0
+    return 0.5 * (moved[filled].mean() + moved[~filled].mean())
 
 
 def main() -> None:
@@ -150,6 +191,8 @@ def main() -> None:
     parser.add_argument("--art", type=Path, default=Path("runs/art"))
     parser.add_argument("--base", type=Path, default=Path("runs/base"))
     parser.add_argument("--init", type=Path, help="start from this file of an earlier run, with a fresh optimizer")
+    parser.add_argument("--keep", type=Path, help="teach the model in this folder, in the layout of assets/bundled")
+    parser.add_argument("--freeze", type=int, default=FROZEN_STAGES, help="stages that stay as they are, of 7")
     parser.add_argument("--export", action="store_true", help=f"only write {TAUGHT_FILE.name} from the last checkpoint")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -162,9 +205,12 @@ def main() -> None:
     table = concept_embeddings(model.get_input_embeddings().weight.detach(), processor.tokenizer)
     tower, connector = model.model.vision_tower.to(device), model.model.multi_modal_projector.to(device)
     missing, _ = tower.load_state_dict(imagenet_state_dict(imagenet_weights(options.base)), strict=False)
+    if options.keep:
+        load_vision(model, options.keep / VISION_FILE.name)
+    before = [deepcopy(part).requires_grad_(False) for part in (tower.context, tower.norm, connector)]
     heads = DenseHeads(table.shape[-1], table).to(device)
     trunk = nn.ModuleList([tower.stem, *tower.stages])
-    nn.ModuleList([tower.stem, *tower.stages[:FROZEN_STAGES]]).requires_grad_(False)
+    nn.ModuleList([tower.stem, *tower.stages[: options.freeze]]).requires_grad_(False)
     tower.to(memory_format=torch.channels_last)
 
     old = [p for p in trunk.parameters() if p.requires_grad]
@@ -172,14 +218,18 @@ def main() -> None:
     optimizer = torch.optim.AdamW([{"params": new}, {"params": old}], lr=options.lr, weight_decay=0.02)
     rates = (options.lr, options.lr)
     taught = {"tower": tower, "connector": connector, "heads": heads}
-    if options.init:
-        for name, state in read_taught(options.init).items():
-            taught[name].load_state_dict(state)
+    if options.init or options.keep:
+        for name, state in read_taught(options.init or TAUGHT_FILE).items():
+            if name == "heads" or options.init:
+                taught[name].load_state_dict(state, strict=name != "heads")  # heads may have been added since
     parts = taught | {"optimizer": optimizer}
     run = Run(options.out, parts, options.steps, options.batch_size, rank)
 
     if options.export:
-        save_taught(taught, TAUGHT_FILE)
+        if options.keep:
+            save_vision(model, options.out / VISION_FILE.name)
+        else:
+            save_taught(taught, TAUGHT_FILE)
         return
 
     def see(pixels: torch.Tensor) -> torch.Tensor:
@@ -188,7 +238,10 @@ def main() -> None:
             return connector(features)
 
     remaining = (options.steps - run.step) * options.batch_size
-    data = Cells(options.art, "train", options.seed, remaining, model, processor, start=run.step * options.batch_size)
+    mix = KEPT_MIX if options.keep else KINDS
+    data = Cells(
+        options.art, "train", options.seed, remaining, model, processor, run.step * options.batch_size, mix
+    )  # fmt: skip
     data = Subset(data, range(rank, len(data), world))
     loader = DataLoader(data, options.batch_size // world, num_workers=1, prefetch_factor=4)
     held_out = DataLoader(Cells(options.art, "held-out", 1, 240, model, processor), 48)
@@ -197,7 +250,16 @@ def main() -> None:
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * cosine(run.step, options.steps, 50)
         target = CellTargets(*(array.to(device) for array in target))
-        losses = heads(see(pixels.to(device)), target)
+        if options.keep:
+            with torch.autocast(device.type, torch.bfloat16):
+                maps = tower.joined(pixels.to(device, memory_format=torch.channels_last))
+                tokens = connector(tower.norm(tower.context(maps)))
+                with torch.no_grad():
+                    former = nn.Sequential(*before)(maps)
+            losses = heads(tokens, target) | {"kept": 4 * departure(tokens, former.float(), target)}
+            losses = {name: loss for name, loss in losses.items() if name not in ("aligned", "distance")}
+        else:
+            losses = heads(see(pixels.to(device)), target)
         sum(losses.values()).backward()
         average_gradients([*new, *old])
         nn.utils.clip_grad_norm_([*new, *old], 5.0)

@@ -166,14 +166,17 @@ class TesseraVisionModel(PreTrainedModel):
         self.norm = nn.LayerNorm(config.hidden_size)
         self.post_init()
 
-    def forward(self, pixel_values: torch.Tensor, return_dict: bool = True, **kwargs) -> BaseModelOutput:
+    def joined(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """`[B, 3, image_size, image_size]` → fine and wide map together `[B, tokens, JOINED_SIZE]`, without context."""
         x = self.stem(pixel_values.to(self.stem.conv.weight.dtype))
         for index, stage in enumerate(self.stages):
             x = stage(x)
             if index == FINE_STAGE:
                 fine = functional.pixel_unshuffle(x, 2)  # (B, 4 * 112, H/32, W/32)
-        x = torch.cat((fine, x), dim=1).flatten(2).transpose(1, 2)  # (B, tokens, hidden_size)
-        x = self.norm(self.context(x))
+        return torch.cat((fine, x), dim=1).flatten(2).transpose(1, 2)
+
+    def forward(self, pixel_values: torch.Tensor, return_dict: bool = True, **kwargs) -> BaseModelOutput:
+        x = self.norm(self.context(self.joined(pixel_values)))
         return BaseModelOutput(last_hidden_state=x, hidden_states=(x,))
 
 
