@@ -141,7 +141,7 @@ def accuracy(see, heads: DenseHeads, loader: DataLoader, device: torch.device) -
     hits: dict[str, list[torch.Tensor]] = {}
     for pixels, target in loader:
         target = CellTargets(*(array.to(device) for array in target))
-        tokens = see(pixels.to(device)).float()
+        tokens = see(pixels).float()
         _, letters, boxes, values, colours = heads.predictions(tokens)
         named = heads.similarity(tokens).argmax(-1) == target.centred
         boxed = ~target.boxes.isnan().any(-1)
@@ -207,7 +207,8 @@ def main() -> None:
     missing, _ = tower.load_state_dict(imagenet_state_dict(imagenet_weights(options.base)), strict=False)
     if options.keep:
         load_vision(model, options.keep / VISION_FILE.name)
-    before = [deepcopy(part).requires_grad_(False) for part in (tower.context, tower.norm, connector)]
+    reader = nn.Sequential(tower.context, tower.norm, connector)
+    former = deepcopy(reader).requires_grad_(False) if options.keep else None
     heads = DenseHeads(table.shape[-1], table).to(device)
     trunk = nn.ModuleList([tower.stem, *tower.stages])
     nn.ModuleList([tower.stem, *tower.stages[: options.freeze]]).requires_grad_(False)
@@ -233,9 +234,13 @@ def main() -> None:
         return
 
     def see(pixels: torch.Tensor) -> torch.Tensor:
+        """Joined maps of the pictures, which a reader turns into tokens."""
         with torch.autocast(device.type, torch.bfloat16):
-            features = tower(pixels.to(memory_format=torch.channels_last)).last_hidden_state
-            return connector(features)
+            return tower.joined(pixels.to(device, memory_format=torch.channels_last))
+
+    def read(maps: torch.Tensor, reader: nn.Module = reader) -> torch.Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            return reader(maps)
 
     remaining = (options.steps - run.step) * options.batch_size
     mix = KEPT_MIX if options.keep else KINDS
@@ -250,16 +255,14 @@ def main() -> None:
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * cosine(run.step, options.steps, 50)
         target = CellTargets(*(array.to(device) for array in target))
-        if options.keep:
-            with torch.autocast(device.type, torch.bfloat16):
-                maps = tower.joined(pixels.to(device, memory_format=torch.channels_last))
-                tokens = connector(tower.norm(tower.context(maps)))
-                with torch.no_grad():
-                    former = nn.Sequential(*before)(maps)
-            losses = heads(tokens, target) | {"kept": 4 * departure(tokens, former.float(), target)}
+        maps = see(pixels)
+        tokens = read(maps)
+        losses = heads(tokens, target)
+        if former is not None:
+            with torch.no_grad():
+                before = read(maps, former).float()
             losses = {name: loss for name, loss in losses.items() if name not in ("aligned", "distance")}
-        else:
-            losses = heads(see(pixels.to(device)), target)
+            losses["kept"] = 4 * departure(tokens, before, target)
         sum(losses.values()).backward()
         average_gradients([*new, *old])
         nn.utils.clip_grad_norm_([*new, *old], 5.0)
@@ -268,7 +271,8 @@ def main() -> None:
         run.advance({name: loss.item() for name, loss in losses.items()})
         if run.step % 100 == 0 or run.step == options.steps:
             if rank == 0:
-                run.log({"step": run.step, "held-out": accuracy(see, heads, held_out, device)})
+                shares = accuracy(lambda pixels: read(see(pixels)), heads, held_out, device)
+                run.log({"step": run.step, "held-out": shares})
             run.save()
     leave_processes()
 
