@@ -139,9 +139,9 @@ def last_hidden(model: PeftModel, batch: dict[str, torch.Tensor]) -> torch.Tenso
 
 
 def losses_of(model: PeftModel, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """"answers": mean over answers of the mean cross entropy over their tokens, so that a spelled line or a box weighs
-    no more than a colour; "text": mean Kullback-Leibler divergence, over the tokens of text alone, of what the model
-    says from what its language model says without the adapter."""
+    """"answers": mean cross entropy over the tokens of answers, by their `weights`; "text": mean Kullback-Leibler
+    divergence, over the tokens of text alone, of what the model says from what its language model says without the
+    adapter."""
     head, is_text = model.get_output_embeddings(), batch["is_text"]
     if is_text.any():
         alone = {name: batch[name][is_text] for name in ("input_ids", "attention_mask")}
@@ -235,7 +235,7 @@ def main() -> None:
     pad = processor.tokenizer.pad_token_id
     loader = DataLoader(data, options.batch_size // world, num_workers=1, collate_fn=partial(collate, pad=pad))
 
-    weights = {"answers": 1.0, "text": 2.0, "balance": BALANCE.get(options.stage, 0.0)}
+    weights = {"answers": 1.0, "text": 3.0, "balance": BALANCE.get(options.stage, 0.0)}
     model.train()
     model.base_model.model.model.vision_tower.eval()
     for batch in loader:

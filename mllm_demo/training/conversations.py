@@ -7,6 +7,7 @@ the processor's own chat template, taken apart.
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +20,16 @@ from mllm_demo.training.scenes import SPLITS, render
 
 IGNORED = -100  # the label that torch's cross entropy skips
 QUOTE = '"'
+BOX = "["  # where a box begins
+UNITS_WEIGHT = 0.25
 # How often each kind of picture is talked about.
 MIX = {"single": 0.1, "same": 0.16, "objects": 0.3, "shapes": 0.3, "mixed": 0.05, "text": 0.04, "chart": 0.05}
 
 
 @dataclass(frozen=True)
 class Sample:
-    """`input_ids`, `labels`: int64 `[T]`, labels already at the positions that predict them; `weights`: float32 `[T]`,
-    one over the length of the answer that a label belongs to; `pixels` or None.
+    """`input_ids`, `labels`: int64 `[T]`, labels already at the positions that predict them; `weights`: float32 `[T]`
+    of the labels; `pixels` or None.
 
     `is_text`: the language model's own text, without labels, at which its speech is to be kept.
     """
@@ -57,6 +60,7 @@ class Encoder:
         self._ids = lru_cache(maxsize=4096)(self._tokenize)
         self.before, self.between = self._ids(before), self._ids(between)
         end = self._ids(after)
+        self._digits = {self._ids(digit)[0] for digit in "0123456789"}
         self.end, self.after = end[:1], end[1:]
         self.image = [processor.image_token_id] * image_tokens
 
@@ -72,6 +76,13 @@ class Encoder:
             prose = (QUOTE if index else "") + piece + (QUOTE if index < text.count(QUOTE) else "")
             ids += [self._ids(char)[0] for char in piece] if quoted else self._ids(prose)
         return ids
+
+    def _weights(self, answer: str, reply: list[int]) -> list[float]:
+        """Between every answer and every token weighing alike: one over the root of an answer's length. Of a box's
+        edges, the units are beyond what the picture tells and count for little."""
+        weight = len(reply) ** -0.5
+        is_unit = [False, *(one in self._digits and other in self._digits for one, other in pairwise(reply))]
+        return [weight * (UNITS_WEIGHT if unit and BOX in answer else 1) for unit in is_unit]
 
     def encode_text(self, text: str) -> Sample:
         """Text as it is, markup included."""
@@ -89,7 +100,7 @@ class Encoder:
             reply = self._answer(answer) + self.end
             ids += prompt + reply + self.after
             labels += [IGNORED] * len(prompt) + reply + [IGNORED] * len(self.after)
-            weights += [0.0] * len(prompt) + [1 / len(reply)] * len(reply) + [0.0] * len(self.after)
+            weights += [0.0] * len(prompt) + self._weights(answer, reply) + [0.0] * len(self.after)
         return Sample(torch.tensor(ids), torch.tensor([*labels[1:], IGNORED]), torch.tensor([*weights[1:], 0]), pixels)
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mllm_demo.models.bundled.assembly import CHAT_TEMPLATE
 from mllm_demo.training import conversations
-from mllm_demo.training.conversations import IGNORED, Conversations, Encoder, collate
+from mllm_demo.training.conversations import IGNORED, UNITS_WEIGHT, Conversations, Encoder, collate
 from mllm_demo.training.questions import Question
 
 
@@ -60,13 +60,31 @@ def test_labels_are_the_answers_and_their_ends_shifted_by_one(encoder):
     assert torch.equal(sample.labels[:-1][kept[:-1]], sample.input_ids[1:][kept[:-1]])
 
 
-def test_answers_weigh_alike_however_long_they_are(encoder):
+def test_an_answer_weighs_as_the_root_of_its_length(encoder):
     sample = encoder.encode(TURNS, None)
     kept = sample.labels != IGNORED
     assert (sample.weights[~kept] == 0).all()
     ends = (sample.labels == encoder.tokenizer.convert_tokens_to_ids("<|im_end|>")).nonzero().flatten()
-    first = sample.weights[: ends[0] + 1].sum()
-    assert first == pytest.approx(1) and sample.weights[ends[0] + 1 :].sum() == pytest.approx(1)
+    starts = kept.nonzero().flatten()[0], ends[0] + 1
+    for start, end in zip(starts, ends, strict=True):
+        weights = sample.weights[start : end + 1][kept[start : end + 1]]
+        assert torch.allclose(weights, weights[0]) and weights.sum() == pytest.approx(len(weights) ** 0.5)
+
+
+def test_the_units_of_a_box_weigh_a_quarter_and_those_of_a_count_do_not(encoder):
+    def weights_of(answer: str) -> tuple[list[str], list[float]]:
+        sample = encoder.encode([("Where is it?", answer)], None)
+        kept = sample.labels != IGNORED
+        tokens = [encoder.tokenizer.decode([one]) for one in sample.labels[kept].tolist()]
+        return tokens, (sample.weights[kept] * kept.sum() ** 0.5).tolist()
+
+    tokens, weights = weights_of("The cat is at [7, 12, 100, 98].")
+    digits = [(token.strip(), round(weight, 3)) for token, weight in zip(tokens, weights, strict=True)]
+    assert [pair for pair in digits if pair[0].isdigit()] == [
+        ("7", 1), ("1", 1), ("2", UNITS_WEIGHT), ("1", 1), ("0", UNITS_WEIGHT), ("0", UNITS_WEIGHT),
+        ("9", 1), ("8", UNITS_WEIGHT),
+    ]  # fmt: skip
+    assert weights_of("The value is 47.")[1] == pytest.approx([1.0] * len(weights_of("The value is 47.")[0]))
 
 
 def test_quoted_text_is_spelled_and_nothing_else(encoder):
