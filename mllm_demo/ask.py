@@ -75,11 +75,7 @@ def answer(engine: Engine, settings: Settings, message: Message) -> Finished:
 def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.environ) -> None:
     """Parses, loads, answers, saves the trace."""
     settings, question, images, trace_file = parse(argv, environ)
-    limits = {
-        "max_bytes": settings.max_upload_mb * 1_000_000,
-        "max_pixels": settings.max_image_megapixels * 1_000_000,
-        "max_frames": settings.frames,
-    }
+    limits = settings.picture_limits
     pictures = [picture for path in images for picture in read_pictures(path.expanduser(), **limits)]
     engine = ChatEngine(settings)
     progress = TerminalProgress(sys.stderr)

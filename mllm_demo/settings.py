@@ -122,3 +122,12 @@ class Settings:
         _check(self.max_upload_mb >= 1, f"max upload must be at least 1 MB, not {self.max_upload_mb}.")
         _check(self.max_image_megapixels >= 1, "max image size must be at least 1 megapixel.")
         _check(1 <= self.frames <= 32, f"frames of a moving picture must be 1 to 32, not {self.frames}.")
+
+    @property
+    def picture_limits(self) -> dict[str, int]:
+        """What a picture file may be, in bytes, pixels and frames, as reading it takes them."""
+        return {
+            "max_bytes": self.max_upload_mb * 10**6,
+            "max_pixels": self.max_image_megapixels * 10**6,
+            "max_frames": self.frames,
+        }

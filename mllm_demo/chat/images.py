@@ -155,7 +155,7 @@ def _is_video(data: bytes) -> bool:
 
 def _read(source: bytes | str | Path, max_bytes: int, name: str) -> bytes:
     too_large = ImageError(
-        f"{name} is larger than the limit of {max_bytes / 2**20:g} MB; make it smaller and upload it again."
+        f"{name} is larger than the limit of {max_bytes / 1e6:g} MB; make it smaller and upload it again."
     )
     if isinstance(source, bytes):
         data = source

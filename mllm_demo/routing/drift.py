@@ -63,8 +63,7 @@ def parse(argv: Sequence[str] | None, environ: Mapping[str, str]) -> tuple[Setti
     if not asked:
         examples = json.loads((EXAMPLES / "examples.json").read_text())
         asked = [(EXAMPLES / example["image"], example["question"]) for example in examples]
-    limits = {"max_bytes": settings.max_upload_mb * 10**6, "max_pixels": settings.max_image_megapixels * 10**6}
-    limits["max_frames"] = settings.frames
+    limits = settings.picture_limits
     shown = [() if image is None else read_pictures(image.expanduser(), **limits) for image, _ in asked]
     return settings, [Message("user", (*p, q)) for p, (_, q) in zip(shown, asked, strict=True)], arguments.json
 

@@ -14,13 +14,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mllm_demo.chat.images import read_picture
+from mllm_demo.chat.images import read_pictures
 from mllm_demo.chat.messages import Conversation, Message
 from mllm_demo.errors import DataError, ImageError, SettingsError
 from mllm_demo.settings import Settings
 
 SHOWN_PROBLEMS = 10
-LIMITS = Settings()
+LIMITS = Settings(frames=1).picture_limits
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,7 @@ class Line:
             if not os.path.isfile(path):
                 raise DataError(f"the picture {path.name} is not there; paths are relative to the data file.")
             try:
-                pictures.append(
-                    read_picture(
-                        path,
-                        max_bytes=LIMITS.max_upload_mb * 2**20,
-                        max_pixels=LIMITS.max_image_megapixels * 10**6,
-                    )
-                )
+                pictures += read_pictures(path, **LIMITS)
             except ImageError as error:
                 raise DataError(str(error)) from error
         messages = []

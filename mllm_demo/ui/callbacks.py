@@ -67,12 +67,7 @@ class Callbacks:
             if self._sample
             else empty_payload(words.EMPTY_VIEW)
         )
-        self.read: Callable = partial(
-            _read_upload,
-            max_bytes=settings.max_upload_mb * 2**20,
-            max_pixels=settings.max_image_megapixels * 10**6,
-            max_frames=settings.frames,
-        )
+        self.read: Callable = partial(_read_upload, **settings.picture_limits)
 
     # Opening and closing the page
 

@@ -92,7 +92,7 @@ def launch_kwargs(settings: Settings) -> dict:
         "footer_links": ["api"],
         "run_history": False,
         "enable_monitoring": False,
-        "max_file_size": f"{settings.max_upload_mb}mb",
+        "max_file_size": settings.picture_limits["max_bytes"],
         # Waiting people each hold a thread while the engine answers one; clicks must still get through.
         "max_threads": 40 + 2 * settings.queue_size,
         "show_error": True,
