@@ -49,6 +49,7 @@ from mllm_demo.training.things import COLOURS
 
 # What is drawn for a model that is kept: more of what has a box.
 KEPT_MIX = {"single": 0.12, "same": 0.14, "objects": 0.26, "shapes": 0.2, "mixed": 0.06, "text": 0.14, "chart": 0.08}
+WRITTEN = 1.5  # of a digit's embedding that is added to a token
 FROZEN_STAGES = 3  # edges and textures: most of the backward cost, least to learn
 
 
@@ -172,6 +173,18 @@ def overlap(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     return shared / (areas[0] + areas[1] - shared).clamp(min=1e-9)
 
 
+def written(target: CellTargets, digits: torch.Tensor) -> torch.Tensor:
+    """What the cell of a thing should say beside what it says: how the column where the thing begins is written.
+
+    `digits` `[10, width]`: the language model's embeddings of "0" to "9"; returns `[B, cells, width]`. Where a cell is
+    in the sequence tells its row, but its column only modulo the width of the picture, which a language model does not
+    learn by itself; a digit in its own words it can repeat.
+    """
+    tens = box_digits(target.boxes[..., 0].nan_to_num())[..., 0].clamp(max=9)
+    boxed = ~target.boxes.isnan().any(-1, keepdim=True)
+    return WRITTEN * (digits - digits.mean(0))[tens] * boxed
+
+
 def departure(tokens: torch.Tensor, before: torch.Tensor, target: CellTargets) -> torch.Tensor:
     """Squared distance of tokens `[B, cells, width]` from what they were, relative to it: mean over the cells with
     something in them, and mean over the others, weighed alike."""
@@ -203,6 +216,8 @@ def main() -> None:
 
     model, processor = build_model(options.base)
     table = concept_embeddings(model.get_input_embeddings().weight.detach(), processor.tokenizer)
+    digits = model.get_input_embeddings().weight.detach()[processor.tokenizer.convert_tokens_to_ids(list("0123456789"))]
+    digits = digits.float().to(device)
     tower, connector = model.model.vision_tower.to(device), model.model.multi_modal_projector.to(device)
     missing, _ = tower.load_state_dict(imagenet_state_dict(imagenet_weights(options.base)), strict=False)
     if options.keep:
@@ -220,9 +235,9 @@ def main() -> None:
     rates = (options.lr, options.lr)
     taught = {"tower": tower, "connector": connector, "heads": heads}
     if options.init or options.keep:
-        for name, state in read_taught(options.init or TAUGHT_FILE).items():
-            if name == "heads" or options.init:
-                taught[name].load_state_dict(state, strict=name != "heads")  # heads may have been added since
+        former_parts = read_taught(options.init or TAUGHT_FILE)
+        for name in ("heads",) if options.keep else taught:
+            taught[name].load_state_dict(former_parts[name], strict=name != "heads")  # heads may have been added since
     parts = taught | {"optimizer": optimizer}
     run = Run(options.out, parts, options.steps, options.batch_size, rank)
 
@@ -262,7 +277,7 @@ def main() -> None:
             with torch.no_grad():
                 before = read(maps, former).float()
             losses = {name: loss for name, loss in losses.items() if name not in ("aligned", "distance")}
-            losses["kept"] = 4 * departure(tokens, before, target)
+            losses["kept"] = 8 * departure(tokens, before + written(target, digits), target)
         sum(losses.values()).backward()
         average_gradients([*new, *old])
         nn.utils.clip_grad_norm_([*new, *old], 5.0)
