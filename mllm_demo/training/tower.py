@@ -16,6 +16,7 @@ Resumes from `runs/tower/last.pt`; uses a GPU when there is one. It knows nothin
 """
 
 import argparse
+import math
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -49,7 +50,7 @@ from mllm_demo.training.things import COLOURS
 
 # What is drawn for a model that is kept: more of what has a box.
 KEPT_MIX = {"single": 0.12, "same": 0.14, "objects": 0.26, "shapes": 0.2, "mixed": 0.06, "text": 0.14, "chart": 0.08}
-WRITTEN = 1.5  # of a digit's embedding that is added to a token
+WRITTEN = 2.5  # of a digit's embedding that is added to a token
 FROZEN_STAGES = 3  # edges and textures: most of the backward cost, least to learn
 
 
@@ -174,15 +175,16 @@ def overlap(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
 
 def written(target: CellTargets, digits: torch.Tensor) -> torch.Tensor:
-    """What the cell of a thing should say beside what it says: how the column where the thing begins is written.
+    """What a cell with something in it should say beside what it says: its column, as the language model writes it.
 
     `digits` `[10, width]`: the language model's embeddings of "0" to "9"; returns `[B, cells, width]`. Where a cell is
     in the sequence tells its row, but its column only modulo the width of the picture, which a language model does not
     learn by itself; a digit in its own words it can repeat.
     """
-    tens = box_digits(target.boxes[..., 0].nan_to_num())[..., 0].clamp(max=9)
-    boxed = ~target.boxes.isnan().any(-1, keepdim=True)
-    return WRITTEN * (digits - digits.mean(0))[tens] * boxed
+    filled = target.centred != 0
+    side = math.isqrt(filled.shape[1])
+    columns = torch.arange(filled.shape[1], device=digits.device) % side
+    return WRITTEN * (digits - digits.mean(0))[columns] * filled[..., None]
 
 
 def departure(tokens: torch.Tensor, before: torch.Tensor, target: CellTargets) -> torch.Tensor:
@@ -277,7 +279,7 @@ def main() -> None:
             with torch.no_grad():
                 before = read(maps, former).float()
             losses = {name: loss for name, loss in losses.items() if name not in ("aligned", "distance")}
-            losses["kept"] = 8 * departure(tokens, before + written(target, digits), target)
+            losses["kept"] = 16 * departure(tokens, before + written(target, digits), target)
         sum(losses.values()).backward()
         average_gradients([*new, *old])
         nn.utils.clip_grad_norm_([*new, *old], 5.0)
