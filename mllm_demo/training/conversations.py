@@ -21,7 +21,7 @@ from mllm_demo.training.scenes import SPLITS, render
 IGNORED = -100  # the label that torch's cross entropy skips
 QUOTE = '"'
 BOX = "["  # where a box begins
-UNITS_WEIGHT = 0.25
+TENS_WEIGHT, UNITS_WEIGHT = 4.0, 0.25
 # How often each kind of picture is talked about.
 MIX = {"single": 0.1, "same": 0.16, "objects": 0.3, "shapes": 0.3, "mixed": 0.05, "text": 0.04, "chart": 0.05}
 
@@ -79,10 +79,13 @@ class Encoder:
 
     def _weights(self, answer: str, reply: list[int]) -> list[float]:
         """Between every answer and every token weighing alike: one over the root of an answer's length. Of a box's
-        edges, the units are beyond what the picture tells and count for little."""
-        weight = len(reply) ** -0.5
-        is_unit = [False, *(one in self._digits and other in self._digits for one, other in pairwise(reply))]
-        return [weight * (UNITS_WEIGHT if unit and BOX in answer else 1) for unit in is_unit]
+        edges, the first digits are all there is to learn, and the units beyond what the picture tells."""
+        weights = [len(reply) ** -0.5] * len(reply)
+        if BOX in answer:
+            for index, (before, token) in enumerate(pairwise(reply), start=1):
+                if token in self._digits:
+                    weights[index] *= UNITS_WEIGHT if before in self._digits else TENS_WEIGHT
+        return weights
 
     def encode_text(self, text: str) -> Sample:
         """Text as it is, markup included."""

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mllm_demo.models.bundled.assembly import CHAT_TEMPLATE
 from mllm_demo.training import conversations
-from mllm_demo.training.conversations import IGNORED, UNITS_WEIGHT, Conversations, Encoder, collate
+from mllm_demo.training.conversations import IGNORED, TENS_WEIGHT, UNITS_WEIGHT, Conversations, Encoder, collate
 from mllm_demo.training.questions import Question
 
 
@@ -71,7 +71,7 @@ def test_an_answer_weighs_as_the_root_of_its_length(encoder):
         assert torch.allclose(weights, weights[0]) and weights.sum() == pytest.approx(len(weights) ** 0.5)
 
 
-def test_the_units_of_a_box_weigh_a_quarter_and_those_of_a_count_do_not(encoder):
+def test_first_digits_of_a_box_weigh_most_and_its_units_least_but_not_those_of_a_value(encoder):
     def weights_of(answer: str) -> tuple[list[str], list[float]]:
         sample = encoder.encode([("Where is it?", answer)], None)
         kept = sample.labels != IGNORED
@@ -81,8 +81,8 @@ def test_the_units_of_a_box_weigh_a_quarter_and_those_of_a_count_do_not(encoder)
     tokens, weights = weights_of("The cat is at [7, 12, 100, 98].")
     digits = [(token.strip(), round(weight, 3)) for token, weight in zip(tokens, weights, strict=True)]
     assert [pair for pair in digits if pair[0].isdigit()] == [
-        ("7", 1), ("1", 1), ("2", UNITS_WEIGHT), ("1", 1), ("0", UNITS_WEIGHT), ("0", UNITS_WEIGHT),
-        ("9", 1), ("8", UNITS_WEIGHT),
+        ("7", TENS_WEIGHT), ("1", TENS_WEIGHT), ("2", UNITS_WEIGHT), ("1", TENS_WEIGHT), ("0", UNITS_WEIGHT),
+        ("0", UNITS_WEIGHT), ("9", TENS_WEIGHT), ("8", UNITS_WEIGHT),
     ]  # fmt: skip
     assert weights_of("The value is 47.")[1] == pytest.approx([1.0] * len(weights_of("The value is 47.")[0]))
 
