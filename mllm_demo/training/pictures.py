@@ -23,6 +23,7 @@ TITLES = {
     "stage1": "I: connector and single LoRA",
     "stage2-4": "II: experts copied, routers",
     "stage3-4": "III: four experts",
+    "more-4": "III, gone on with other tokens",
     "stage2-1": "II, single LoRA",
     "stage3-1": "III, single LoRA",
 }
