@@ -20,7 +20,7 @@ CHOSEN: tuple[tuple[int, str, str | None, str, str], ...] = (
     (1, "single", None, "chicken", "What is this?"),
     (32, "same", None, "zebras", "How many zebras are there?"),
     (2, "shapes", None, "shapes", "What colour is the circle?"),
-    (4, "text", None, "crown", "What does it say?"),
+    (13, "text", None, "code", "What does it say?"),
     (5, "objects", None, "things", "Where is the sock relative to the pineapple?"),
     (3, "objects", None, "night", "Is there a horse?"),
 )

@@ -24,7 +24,7 @@ def test_the_status_line_tells_what_runs_and_how_much_of_it_is_in_4_bit(visit, u
         ("What is this?", "chicken"),
         ("How many zebras", "4"),
         ("What colour is the circle?", "orange"),
-        ("What does it say?", "wide"),
+        ("What does it say?", "code"),
         ("Where is the sock relative to the pineapple?", "above"),
         ("Is there a horse?", "Yes"),
     ],
