@@ -100,7 +100,8 @@ def experts(report: dict) -> Figure:
     right.set_yticks(heights, tasks)
     right.invert_yaxis()
     right.set(xlabel="change of the loss on its answers", title="What each task loses")
-    right.legend(frameon=False, fontsize="small")
+    labels = right.get_legend_handles_labels()
+    figure.legend(*labels, loc="outside lower right", ncols=2, frameon=False, fontsize="small")
     right.grid(alpha=0.3, axis="x")
     return figure
 
