@@ -22,7 +22,7 @@ from PIL import Image
 
 from mllm_demo.errors import DownloadError
 
-SPRITE_SIZE = 160
+SPRITE_SIZE = 224
 TRAIN_STYLES = ("noto", "twemoji", "fluent", "fluent-flat", "noto-v1", "emojione", "fxemoji")
 TEST_STYLES = ("openmoji",)
 PACKAGES = {
@@ -150,7 +150,7 @@ def _rasterize_fluent(files: dict[str, bytes]) -> np.ndarray:
 
 def prepare(cache: Path) -> Path:
     """Fetches and rasterizes everything into `cache/art.npz`; a second call only returns its path."""
-    names = repr((sorted(PACKAGES.items()), TRAIN_FONTS, TEST_FONTS, sorted(OBJECTS)))
+    names = repr((sorted(PACKAGES.items()), TRAIN_FONTS, TEST_FONTS, sorted(OBJECTS), SPRITE_SIZE))
     target = cache / f"art-{hashlib.sha256(names.encode()).hexdigest()[:8]}.npz"
     if target.exists():
         return target

@@ -1,6 +1,6 @@
 """Stages I to III: joins the taught tower to the 4-bit language model, on rendered conversations.
 
-    python -m mllm_demo.training.chat --stage 1 --steps 500                # connector and a single LoRA
+    python -m mllm_demo.training.chat --stage 1 --steps 500                # reader and a single LoRA
     python -m mllm_demo.training.chat --stage 2 --steps 100                # experts copied from it, routers balanced
     python -m mllm_demo.training.chat --stage 3 --steps 400                # experts on the full mixture
     python -m mllm_demo.training.chat --stage 3 --export                   # writes the shipped files, or those --to
@@ -9,8 +9,10 @@
 
 `--experts 1` in stages 2 and 3 goes on with a single LoRA of the same active rank, for comparison. The language
 model's weights are rounded to NF4 before training, so the adapter learns to live with the weights that are shipped.
-Loss: on answers, on drifting away from the language model's own speech where there is text alone, and the routers'
-balance. Every stage resumes from its own `last.pt`. It knows nothing of evaluation.
+Beside the adapter learns the reader: the tower's transformer layers and the connector; the convolutions stay as they
+are. Loss: on answers, on drifting away from the language model's own speech where there is text alone, on not knowing
+where things are in the middle of the language model (see `placing`), and on unevenly used experts. Every stage resumes
+from its own `last.pt`. It knows nothing of evaluation.
 """
 
 import argparse
@@ -32,6 +34,7 @@ from mllm_demo.training import art
 from mllm_demo.training.adapters import lora_state, mixture, single_lora
 from mllm_demo.training.base import TAUGHT_FILE, build_model, read_taught
 from mllm_demo.training.conversations import IGNORED, Conversations, Encoder, collate
+from mllm_demo.training.placing import UNKNOWN, PlaceHead
 from mllm_demo.training.runs import (
     Masters,
     Run,
@@ -45,19 +48,29 @@ from mllm_demo.training.small_talk import texts
 
 # Weight of the balance loss: strong while the routers find their first division of labour, weak afterwards.
 BALANCE = {2: 0.05, 3: 0.01}
+WEIGHTS = {"answers": 1.0, "text": 3.0, "columns": 1.0, "rows": 0.25, "values": 0.5, "counts": 0.5}
+PLACED = 20  # the language model's layer, of 30, after which places are asked for
+PLACE_LR = 2e-3
 
 
 @torch.no_grad()
 def round_to_nf4(model: nn.Module) -> None:
-    """Replaces each linear weight by what NF4 with double quantization keeps of it."""
+    """Replaces each linear weight by what NF4 with double quantization keeps of it; computed on the CPU everywhere."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            packed, state = quantize_4bit(module.weight.bfloat16(), quant_type="nf4", compress_statistics=True)
+            packed, state = quantize_4bit(module.weight.cpu().bfloat16(), quant_type="nf4", compress_statistics=True)
             module.weight.copy_(dequantize_4bit(packed, state))
 
 
 def folder_of(options, stage: int) -> Path:
     return options.out / ("stage1" if stage == 1 else f"stage{stage}-{options.experts}")
+
+
+def reader_of(model: nn.Module) -> nn.ModuleDict:
+    """What turns the tower's maps into image tokens: its transformer layers, its norm and the connector."""
+    inner = model.base_model.model.model if isinstance(model, PeftModel) else model.model
+    tower = inner.vision_tower
+    return nn.ModuleDict({"context": tower.context, "norm": tower.norm, "connector": inner.multi_modal_projector})
 
 
 def _end_of(folder: Path) -> dict:
@@ -83,10 +96,9 @@ def build(options, device: torch.device, rank: int) -> tuple[PeftModel, object, 
         return PeftModel.from_pretrained(model, options.init / ADAPTER.name, is_trainable=True), processor, talk
     taught = read_taught(options.tower)
     model.model.vision_tower.load_state_dict(taught["tower"])
-    connector = (
-        taught["connector"] if options.stage == 1 else _end_of(folder_of(options, options.stage - 1))["connector"]
-    )
-    model.model.multi_modal_projector.load_state_dict(connector)
+    model.model.multi_modal_projector.load_state_dict(taught["connector"])
+    if options.stage > 1:
+        reader_of(model).load_state_dict(_end_of(folder_of(options, options.stage - 1))["reader"])
     round_to_nf4(model.model.language_model)
     model.requires_grad_(False)
     if options.stage == 1:
@@ -99,7 +111,7 @@ def build(options, device: torch.device, rank: int) -> tuple[PeftModel, object, 
 
 
 def narrow(model: PeftModel, dtype: torch.dtype) -> None:
-    """The language model and its experts compute in `dtype`; tower, connector and routers stay in float32."""
+    """The language model and its experts compute in `dtype`; tower, reader and routers stay in float32."""
     language_model = model.base_model.model.model.language_model
     routers = {id(p) for n, p in model.named_parameters() if "router" in n}
     for parameter in language_model.parameters():
@@ -116,40 +128,42 @@ def see(model: PeftModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     device = embeds.device.type
     with torch.autocast(device, torch.bfloat16, enabled=embeds.dtype == torch.bfloat16):
         with torch.no_grad():
-            features = inner.vision_tower(batch["pixel_values"].to(memory_format=torch.channels_last)).last_hidden_state
-        tokens = inner.multi_modal_projector(features)
+            maps = inner.vision_tower.joined(batch["pixel_values"].to(memory_format=torch.channels_last))
+        tokens = inner.multi_modal_projector(inner.vision_tower.norm(inner.vision_tower.context(maps)))
     where = (batch["input_ids"] == model.config.image_token_id)[..., None]
     return embeds.masked_scatter(where, tokens.to(embeds.dtype))
 
 
-def last_hidden(model: PeftModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """What the language model's last layer says of every position, `[B, T, hidden]`."""
+def hidden_states(model: PeftModel, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the language model's last layer, and its layer `PLACED`, say of every position, `[B, T, hidden]` each."""
     seen: dict[str, torch.Tensor] = {}
     language_model = model.base_model.model.model.language_model
-    hook = language_model.register_forward_hook(lambda m, a, output: seen.update(hidden=output.last_hidden_state))
+    last = language_model.register_forward_hook(lambda m, a, output: seen.update(last=output.last_hidden_state))
+    middle = language_model.layers[PLACED].register_forward_hook(lambda m, a, output: seen.update(middle=output))
     # The adapter follows whole forwards, so the model is called, but for one position's logits; named by index,
     # because a slice would make the head copy its weights for every sequence.
     first = torch.zeros(1, dtype=torch.long, device=batch["input_ids"].device)
-    with hook:
+    with last, middle:
         model(
             inputs_embeds=see(model, batch), attention_mask=batch["attention_mask"], logits_to_keep=first,
             use_cache=False,
         )  # fmt: skip
-    return seen["hidden"]
+    return seen["last"], seen["middle"]
 
 
-def losses_of(model: PeftModel, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def losses_of(model: PeftModel, place_head: PlaceHead, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """"answers": mean cross entropy over the tokens of answers, by their `weights`; "text": mean Kullback-Leibler
     divergence, over the tokens of text alone, of what the model says from what its language model says without the
-    adapter."""
+    adapter; what `place_head` says of places."""
     head, is_text = model.get_output_embeddings(), batch["is_text"]
     if is_text.any():
         alone = {name: batch[name][is_text] for name in ("input_ids", "attention_mask")}
         read = alone["attention_mask"].bool()
         with torch.no_grad(), model.disable_adapter():
-            wanted = head(last_hidden(model, alone)[read]).float().log_softmax(-1)
-    hidden = last_hidden(model, batch)
-    losses = {}
+            wanted = head(hidden_states(model, alone)[0][read]).float().log_softmax(-1)
+    hidden, middle = hidden_states(model, batch)
+    placed = (batch["places"] != UNKNOWN).any(-1)
+    losses = place_head(middle[placed], batch["places"][placed])
     answered = batch["labels"] != IGNORED
     if answered.any():
         each = functional.cross_entropy(head(hidden[answered]).float(), batch["labels"][answered], reduction="none")
@@ -180,8 +194,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=8, help="pictures a step, over all processes")
     parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--connector-lr", type=float, default=3e-4)
+    parser.add_argument("--reader-lr", type=float, default=3e-4)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw pictures, beside each that learns")
+    parser.add_argument("--every", type=int, default=50, help="steps between checkpoints")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--tower", type=Path, default=TAUGHT_FILE, help="what stage 0 taught")
     parser.add_argument("--init", type=Path, help="go on from a model in the layout of assets/bundled, in stage 3")
@@ -200,8 +216,7 @@ def main() -> None:
     torch.manual_seed(options.seed)
 
     model, processor, talk = build(options, device, rank)
-    connector = model.base_model.model.model.multi_modal_projector
-    connector.requires_grad_(True)
+    reader = reader_of(model).requires_grad_(True)
     narrow(model, compute_dtype(device))
     if device.type == "cpu":
         model.base_model.model.set_attn_implementation("eager")  # the fused one is slow backwards there
@@ -209,14 +224,17 @@ def main() -> None:
         for layer in model.base_model.model.model.language_model.layers:
             layer.compile(dynamic=True)  # one graph for all layers, with and without the adapter
     adapter = [p for name, p in model.named_parameters() if p.requires_grad and "lora_" in name]
-    masters = Masters([*adapter, *connector.parameters()])
-    copies = list(masters.copies)
-    optimizer = torch.optim.AdamW(
-        [{"params": copies[: len(adapter)]}, {"params": copies[len(adapter) :]}], weight_decay=0.0, betas=(0.9, 0.98)
-    )
-    rates = (options.lr, options.connector_lr)
+    place_head = PlaceHead(model.config.text_config.hidden_size).to(device)
+    if options.stage > 1 and not options.init:
+        place_head.load_state_dict(_end_of(folder_of(options, options.stage - 1))["places"])
+    masters = Masters([*adapter, *reader.parameters()])
+    copies, beside = list(masters.copies), list(place_head.parameters())
+    rates = (options.lr, options.reader_lr, PLACE_LR)
+    groups = (copies[: len(adapter)], copies[len(adapter) :], beside)
+    optimizer = torch.optim.AdamW([{"params": group} for group in groups], weight_decay=0.0, betas=(0.9, 0.98))
     folder = folder_of(options, options.stage)
-    run = Run(folder, {"masters": masters, "optimizer": optimizer}, options.steps, options.batch_size, rank)
+    parts = {"masters": masters, "optimizer": optimizer, "places": place_head}
+    run = Run(folder, parts, options.steps, options.batch_size, rank)
     if options.export:
         model.float()
         masters.give_back()
@@ -233,25 +251,28 @@ def main() -> None:
     )  # fmt: skip
     data = Subset(data, range(rank, len(data), world))
     pad = processor.tokenizer.pad_token_id
-    loader = DataLoader(data, options.batch_size // world, num_workers=1, collate_fn=partial(collate, pad=pad))
+    loader = DataLoader(
+        data, options.batch_size // world, num_workers=options.workers, collate_fn=partial(collate, pad=pad)
+    )  # fmt: skip
 
-    weights = {"answers": 1.0, "text": 3.0, "balance": BALANCE.get(options.stage, 0.0)}
+    weights = WEIGHTS | {"balance": BALANCE.get(options.stage, 0.0)}
     model.train()
     model.base_model.model.model.vision_tower.eval()
     for batch in loader:
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * cosine(run.step, options.steps, 25)
-        losses = losses_of(model, {name: value.to(device) for name, value in batch.items()})
+        losses = losses_of(model, place_head, {name: value.to(device) for name, value in batch.items()})
         if options.stage > 1 and options.experts > 1:
             losses["balance"] = model.base_model.router_aux_loss()
         sum(weights[name] * loss for name, loss in losses.items()).backward()
         masters.take_gradients()
-        average_gradients(copies)
+        average_gradients([*copies, *beside])
         nn.utils.clip_grad_norm_(copies, 1.0)
         optimizer.step()
+        optimizer.zero_grad()
         masters.give_back()
-        run.advance({name: loss.item() for name, loss in losses.items()})
-        if run.step % 50 == 0 or run.step == options.steps:
+        run.advance(dict(zip(losses, torch.stack([*losses.values()]).tolist(), strict=True)))
+        if run.step % options.every == 0 or run.step == options.steps:
             run.save()
     if rank == 0:
         model.float()
@@ -261,7 +282,8 @@ def main() -> None:
             if options.stage == 1
             else {n: p.detach() for n, p in model.named_parameters() if "lora_" in n}
         )
-        torch.save({"connector": connector.state_dict(), "adapter": adapter_state}, folder / "end.pt")
+        end = {"reader": reader.state_dict(), "adapter": adapter_state, "places": place_head.state_dict()}
+        torch.save(end, folder / "end.pt")
     leave_processes()
 
 

@@ -2,10 +2,12 @@
 
 A cell that holds the centre of an object should look, to the language model, like the word for it; of a coloured
 shape or a part of a chart, like the sum of its colour and its kind; of one letter, like that letter; anything else is
-"empty". Beside that a cell should tell the box of what it centres, its letters, and the value and colour of the
-chart's part that it belongs to. It knows nothing of towers or optimizers.
+"empty". Beside that a cell should tell the box of what it centres, its letters, how many of what it shows there are in
+the picture, and the value, rank and colour of the chart's part that it belongs to. It knows nothing of towers or
+optimizers.
 """
 
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -13,12 +15,13 @@ import torch
 
 from mllm_demo.training.art import OBJECT_NAMES
 from mllm_demo.training.lettering import CHARACTERS
-from mllm_demo.training.things import COLOURS, SHAPES, Scene, Thing
+from mllm_demo.training.things import COLOURS, MAX_COUNT, SHAPES, Scene, Thing
 
 EMPTY = " empty"
 PARTS = ("bar", "point", "slice")
-LETTER_SLOTS = 3
+LETTER_SLOTS = 4
 VALUE_BINS = 51  # steps of 2 % of the range
+RANKS = 5  # of a chart's parts by value, 0 the first
 DIGITS = (11, 10)  # of an edge of a box in percent: 0 to 10 tens, 0 to 9 units
 UNKNOWN = -100  # no target: torch's cross entropy skips it
 CONCEPTS: tuple[tuple[str, ...], ...] = (
@@ -35,8 +38,8 @@ class CellTargets(NamedTuple):
     """Targets of the cells of one picture, in reading order; `UNKNOWN` (boxes: NaN) where there is none.
 
     centred, covered: int64 `[cells]` concept; letters: int64 `[cells, LETTER_SLOTS]` 0 none, else 1 + index into
-    `CHARACTERS`; boxes: float32 `[cells, 4]` (x0, y0, x1, y1) as shares of the picture; values, colours: int64
-    `[cells]`.
+    `CHARACTERS`; boxes: float32 `[cells, 4]` (x0, y0, x1, y1) as shares of the picture; values, colours, counts: int64
+    `[cells]`, counts from 0 for one; ranks: int64 `[cells, 2]` from the largest and from the smallest value.
     """
 
     centred: np.ndarray
@@ -45,6 +48,8 @@ class CellTargets(NamedTuple):
     boxes: np.ndarray
     values: np.ndarray
     colours: np.ndarray
+    counts: np.ndarray
+    ranks: np.ndarray
 
 
 def concept_of(thing: Thing) -> int:
@@ -75,7 +80,8 @@ def cell_targets(scene: Scene, side: int) -> CellTargets:
     centred, covered = np.zeros((2, side, side), np.int64)
     letters = np.zeros((side, side, LETTER_SLOTS), np.int64)
     boxes = np.full((side, side, 4), np.nan, np.float32)
-    values, colours = np.full((2, side, side), UNKNOWN, np.int64)
+    values, colours, counts = np.full((3, side, side), UNKNOWN, np.int64)
+    ranks = np.full((side, side, 2), UNKNOWN, np.int64)
     middles = (np.arange(side) + 0.5) * cell
 
     def inside(box) -> np.ndarray:
@@ -86,17 +92,28 @@ def cell_targets(scene: Scene, side: int) -> CellTargets:
         x, y = thing.centre
         return min(max(int(y / cell), 0), side - 1), min(max(int(x / cell), 0), side - 1)
 
-    if scene.chart is not None:
-        for region, value, colour in zip(scene.chart.regions, scene.chart.values, scene.chart.colours, strict=True):
+    if (chart := scene.chart) is not None:
+        order = np.argsort(np.argsort(chart.values))
+        parts = scene.of_kind("part")
+        for index, (region, value, colour) in enumerate(zip(chart.regions, chart.values, chart.colours, strict=True)):
             where = inside(region)
-            values[where] = round(value / scene.chart.top * (VALUE_BINS - 1))
+            if parts:
+                where |= inside(parts[index].box)
+            for letter in scene.of_kind("letter"):  # a line of text may be lower than any cell's middle
+                x, y = letter.centre
+                if region[0] <= x < region[2] and region[1] <= y < region[3]:
+                    where[at(letter)] = True
+            values[where] = round(value / chart.top * (VALUE_BINS - 1))
+            ranks[where] = (len(order) - 1 - order[index], order[index])
             if colour is not None:
                 colours[where] = _COLOUR_INDEX[colour]
+    number = Counter(thing.name for thing in scene.of_kind("object", "shape", "part"))
     for thing in scene.of_kind("object", "shape", "part"):
         concept, where = concept_of(thing), at(thing)
         covered[inside(thing.box)] = concept
         centred[where] = concept
         boxes[where] = np.asarray(thing.box) / size
+        counts[inside(thing.box)] = counts[where] = min(number[thing.name], MAX_COUNT) - 1
     held: dict[tuple[int, int], list[Thing]] = {}
     for letter in scene.of_kind("letter"):
         held.setdefault(at(letter), []).append(letter)
@@ -107,7 +124,5 @@ def cell_targets(scene: Scene, side: int) -> CellTargets:
         if np.isnan(boxes[where]).any():
             # Several letters have no one word for them; the language model learns to read such cells by itself.
             centred[where] = concept_of(inside_it[0]) if len(inside_it) == 1 else UNKNOWN
-    flat = (
-        array.reshape(side * side, *array.shape[2:]) for array in (centred, covered, letters, boxes, values, colours)
-    )
-    return CellTargets(*flat)
+    arrays = (centred, covered, letters, boxes, values, colours, counts, ranks)
+    return CellTargets(*(array.reshape(side * side, *array.shape[2:]) for array in arrays))

@@ -1,11 +1,12 @@
 """Turns scenes and questions into token sequences whose answers are the only labels.
 
 Text that an answer quotes from the picture is written character by character, one token each, so that a word nobody
-ever trained on can be read: it decodes to the same words. It knows nothing of optimizers; the text between the words is
-the processor's own chat template, taken apart.
+ever trained on can be read: it decodes to the same words. Tokens that should know a place (see `placing`) carry it. It
+knows nothing of optimizers; the text between the words is the processor's own chat template, taken apart.
 """
 
-from dataclasses import dataclass
+from bisect import bisect_right
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -15,21 +16,23 @@ import torch
 from torch.utils.data import Dataset
 
 from mllm_demo.training import art
+from mllm_demo.training.placing import NOWHERE, UNKNOWN, Mark, Place, marks, places, spelled
 from mllm_demo.training.questions import ask_all
 from mllm_demo.training.scenes import SPLITS, render
+from mllm_demo.training.things import Scene
 
 IGNORED = -100  # the label that torch's cross entropy skips
 QUOTE = '"'
 BOX = "["  # where a box begins
 TENS_WEIGHT, UNITS_WEIGHT = 4.0, 0.25
 # How often each kind of picture is talked about.
-MIX = {"single": 0.1, "same": 0.16, "objects": 0.3, "shapes": 0.3, "mixed": 0.05, "text": 0.04, "chart": 0.05}
+MIX = {"single": 0.08, "same": 0.14, "objects": 0.18, "shapes": 0.16, "mixed": 0.05, "text": 0.17, "chart": 0.22}
 
 
 @dataclass(frozen=True)
 class Sample:
     """`input_ids`, `labels`: int64 `[T]`, labels already at the positions that predict them; `weights`: float32 `[T]`
-    of the labels; `pixels` or None.
+    of the labels; `pixels` or None; `places`: int64 `[T, 6]`, what each token should know (`placing.SIZES`).
 
     `is_text`: the language model's own text, without labels, at which its speech is to be kept.
     """
@@ -38,6 +41,7 @@ class Sample:
     labels: torch.Tensor
     weights: torch.Tensor
     pixels: torch.Tensor | None
+    places: torch.Tensor
     is_text: bool = False
 
 
@@ -67,15 +71,41 @@ class Encoder:
     def _tokenize(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
-    def _answer(self, text: str) -> list[int]:
-        """Token ids of an answer, quoted parts one character a token."""
+    def _read(self, text: str, noted: list[Mark]) -> tuple[list[int], list[Place]]:
+        """Token ids of a text, and what each of them should know of `noted` marks."""
+        if not noted:
+            ids = self._ids(text)
+            return list(ids), [NOWHERE] * len(ids)
+        read = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        starts, known = [start for start, _ in read.offset_mapping], [NOWHERE] * len(read.input_ids)
+        for mark in noted:
+            index = bisect_right(starts, mark.end - 1) - 1 - mark.before
+            if index >= 0:
+                known[index] = mark.place
+        return read.input_ids, known
+
+    def _answer(self, text: str, noted: list[Mark], scene: Scene | None) -> tuple[list[int], list[Place]]:
+        """Token ids of an answer, quoted parts one character a token, and what each should know."""
         ids: list[int] = []
+        known: list[Place] = []
+        start = 0
         for index, piece in enumerate(text.split(QUOTE)):
-            quoted = index % 2 == 1
             # The marks stay with the prose around them, where the tokenizer joins them to its space or full stop.
             prose = (QUOTE if index else "") + piece + (QUOTE if index < text.count(QUOTE) else "")
-            ids += [self._ids(char)[0] for char in piece] if quoted else self._ids(prose)
-        return ids
+            if index % 2 == 1:
+                ids += [self._ids(char)[0] for char in piece]
+                if scene is not None and piece:  # a character is predicted, and its place known, one token earlier
+                    known[-1:] = spelled(scene, piece)
+                    known.append(NOWHERE)
+                else:
+                    known += [NOWHERE] * len(piece)
+            else:
+                first = start - (index > 0)
+                inside = [replace(m, end=m.end - first) for m in noted if first < m.end <= first + len(prose)]
+                read, told = self._read(prose, inside)
+                ids, known = ids + read, known + told
+            start += len(piece) + 1
+        return ids, known
 
     def _weights(self, answer: str, reply: list[int]) -> list[float]:
         """Between every answer and every token weighing alike: one over the root of an answer's length. Of a box's
@@ -90,21 +120,37 @@ class Encoder:
     def encode_text(self, text: str) -> Sample:
         """Text as it is, markup included."""
         ids = torch.tensor(self._tokenize(text))
-        return Sample(ids, torch.full_like(ids, IGNORED), torch.zeros(len(ids)), None, is_text=True)
+        known = torch.tensor([NOWHERE] * len(ids))
+        return Sample(ids, torch.full_like(ids, IGNORED), torch.zeros(len(ids)), None, known, is_text=True)
 
-    def encode(self, turns: list[tuple[str, str]], pixels: torch.Tensor | None) -> Sample:
-        """`turns`: (question, answer) pairs about one picture, which stands before the first question."""
+    def encode(
+        self, turns: list[tuple[str, str]], pixels: torch.Tensor | None, scene: Scene | None = None
+    ) -> Sample:
+        """`turns`: (question, answer) pairs about one picture, which stands before the first question; what they say of
+        `scene`, their tokens should know."""
         ids: list[int] = []
         labels: list[int] = []
         weights: list[float] = []
+        known: list[Place] = []
+        found = places(scene) if scene is not None else {}
+        last = None
         for index, (question, answer) in enumerate(turns):
             picture = self.image if pixels is not None and index == 0 else []
-            prompt = self.before + picture + self._ids(question) + self.between
-            reply = self._answer(answer) + self.end
+            asked, last = marks(question, found, last)
+            said, last = marks(answer, found, last)
+            words, of_words = self._read(question, [mark for mark in asked if not mark.before])
+            prompt = self.before + picture + words + self.between
+            reply, of_reply = self._answer(answer, said, scene)
+            reply = reply + self.end
             ids += prompt + reply + self.after
             labels += [IGNORED] * len(prompt) + reply + [IGNORED] * len(self.after)
             weights += [0.0] * len(prompt) + self._weights(answer, reply) + [0.0] * len(self.after)
-        return Sample(torch.tensor(ids), torch.tensor([*labels[1:], IGNORED]), torch.tensor([*weights[1:], 0]), pixels)
+            known += [NOWHERE] * (len(self.before) + len(picture)) + of_words + [NOWHERE] * len(self.between)
+            known += of_reply + [NOWHERE] * (len(self.end) + len(self.after))
+        return Sample(
+            torch.tensor(ids), torch.tensor([*labels[1:], IGNORED]), torch.tensor([*weights[1:], 0]), pixels,
+            torch.tensor(known),
+        )  # fmt: skip
 
 
 class Conversations(Dataset):
@@ -141,7 +187,7 @@ class Conversations(Dataset):
             scene = render(art.load(self.art_folder), self.split, self.seed, index, kind=kind)
             turns = [(question.prompt, question.answer) for question in ask_all(rng, scene, self.most)]
         pixels = self.encoder.processor.image_processor(scene.image, return_tensors="pt").pixel_values[0]
-        return self.encoder.encode(turns, pixels)
+        return self.encoder.encode(turns, pixels, scene)
 
 
 def collate(samples: list[Sample], pad: int) -> dict[str, torch.Tensor]:
@@ -157,6 +203,7 @@ def collate(samples: list[Sample], pad: int) -> dict[str, torch.Tensor]:
         "attention_mask": padded([torch.ones_like(row) for row in ids], 0),
         "labels": padded([sample.labels for sample in samples], IGNORED),
         "weights": padded([sample.weights for sample in samples], 0.0),
+        "places": padded([sample.places for sample in samples], UNKNOWN),
         "is_text": torch.tensor([sample.is_text for sample in samples]),
     }
     pixels = [sample.pixels for sample in samples if sample.pixels is not None]

@@ -10,12 +10,14 @@ from mllm_demo.training.art import HELD_OUT_STYLE, OBJECT_NAMES, TEST_FONTS, TES
 from mllm_demo.training.canvas import background, damage, ink_on, plain
 from mllm_demo.training.charts import draw_chart
 from mllm_demo.training.lettering import write
+from mllm_demo.training.restyle import restyled
 from mllm_demo.training.things import COLOURS, MAX_COUNT, SHAPES, Scene, Split, Thing
 from mllm_demo.training.words import TEST_WORDS, TRAIN_WORDS, invented
 
-SIZE = 288
+SIZE = 384
+RESTYLED = 0.4  # of the drawings to learn from
 # How often each kind of picture is drawn.
-KINDS = {"single": 0.1, "same": 0.08, "objects": 0.16, "shapes": 0.08, "mixed": 0.04, "text": 0.29, "chart": 0.25}
+KINDS = {"single": 0.08, "same": 0.08, "objects": 0.14, "shapes": 0.06, "mixed": 0.04, "text": 0.36, "chart": 0.24}
 
 TRAIN = Split("train", TRAIN_STYLES, TRAIN_FONTS, TRAIN_WORDS, False)
 # Held out: drawings, fonts and words never trained on, backgrounds drawn from another random stream.
@@ -89,7 +91,8 @@ def _sprite(rng: np.random.Generator, art: Art, split: Split, name: str) -> np.n
         held = [style for style in allowed if (style == withheld) == split.withheld]
         # Where the withheld style has no drawing of it, another style stands in, in every split.
         allowed = held or allowed
-    return art.sprites[str(rng.choice(allowed))][OBJECT_NAMES.index(name)]
+    sprite = art.sprites[str(rng.choice(allowed))][OBJECT_NAMES.index(name)]
+    return restyled(rng, sprite) if split.withheld is False and rng.random() < RESTYLED else sprite
 
 
 def _covered(corner: tuple[float, float], side: float, things: list[Thing]) -> bool:

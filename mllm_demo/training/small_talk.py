@@ -35,7 +35,7 @@ OPENERS = (
     "After", "Most", "To", "On", "People", "Water", "How", "def", "First", "At", "Every", "Our", "Some", "As", "This",
     "During",
 )  # fmt: skip
-EACH = {"chat": 48, "prose": 64, "reply": 48}  # how many texts of each kind
+EACH = {"chat": 480, "prose": 640, "reply": 480}  # how many texts of each kind
 LENGTH, BATCH = 96, 80
 
 

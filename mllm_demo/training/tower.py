@@ -7,18 +7,12 @@ its output, thrown away afterwards, make sure that the boxes, letters, values an
     torchrun --nproc-per-node 2 -m mllm_demo.training.tower --threads 1
     python -m mllm_demo.training.tower --init assets/training/tower.safetensors    # go on from what was taught before
     python -m mllm_demo.training.tower --export                                    # writes that file
-    python -m mllm_demo.training.tower --keep assets/bundled --freeze 7 --out runs/digits   # teaches a shipped model
-
-With `--keep` a model goes on learning whose language model already reads its tokens: they may say more, but have to
-stay near what they were, and the words they should look like are left to that model.
 
 Resumes from `runs/tower/last.pt`; uses a GPU when there is one. It knows nothing of questions or experts.
 """
 
 import argparse
-import math
 from collections.abc import Mapping
-from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -27,15 +21,14 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from mllm_demo.models.bundled.assembly import load_vision, save_vision
 from mllm_demo.models.bundled.tower import imagenet_state_dict
-from mllm_demo.models.bundled.weights import VISION_FILE
 from mllm_demo.training import art
 from mllm_demo.training.base import TAUGHT_FILE, build_model, imagenet_weights, read_taught, save_taught
 from mllm_demo.training.concepts import (
     CONCEPTS,
     DIGITS,
     LETTER_SLOTS,
+    RANKS,
     UNKNOWN,
     VALUE_BINS,
     CellTargets,
@@ -46,11 +39,8 @@ from mllm_demo.training.concepts import (
 from mllm_demo.training.lettering import CHARACTERS
 from mllm_demo.training.runs import Run, average_gradients, cosine, join_processes, leave_processes
 from mllm_demo.training.scenes import KINDS, SPLITS, render
-from mllm_demo.training.things import COLOURS
+from mllm_demo.training.things import COLOURS, MAX_COUNT
 
-# What is drawn for a model that is kept: more of what has a box.
-KEPT_MIX = {"single": 0.12, "same": 0.14, "objects": 0.26, "shapes": 0.2, "mixed": 0.06, "text": 0.14, "chart": 0.08}
-WRITTEN = 2.5  # of a digit's embedding that is added to a token
 FROZEN_STAGES = 3  # edges and textures: most of the backward cost, least to learn
 
 
@@ -83,7 +73,8 @@ class DenseHeads(nn.Module):
 
     def __init__(self, width: int, table: torch.Tensor):
         super().__init__()
-        self.sizes = (len(CONCEPTS), LETTER_SLOTS * (1 + len(CHARACTERS)), 4, VALUE_BINS, len(COLOURS))
+        letters = LETTER_SLOTS * (1 + len(CHARACTERS))
+        self.sizes = (len(CONCEPTS), letters, 4, VALUE_BINS, len(COLOURS), MAX_COUNT, 2 * RANKS)
         self.read = nn.Linear(width, sum(self.sizes))
         self.digits = nn.Linear(width, 4 * sum(DIGITS))
         self.scale = nn.Parameter(torch.tensor(10.0))
@@ -100,7 +91,7 @@ class DenseHeads(nn.Module):
         return self.scale * functional.normalize(tokens, dim=-1) @ functional.normalize(self.table, dim=-1).T
 
     def predictions(self, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """tokens `[B, cells, width]` → logits of concepts covered, letters, boxes, values, colours."""
+        """tokens `[B, cells, width]` → logits of what is covered, letters, boxes, values, colours, counts, ranks."""
         return self.read(functional.layer_norm(tokens, tokens.shape[-1:])).split(self.sizes, dim=-1)
 
     def box_digits(self, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -110,7 +101,7 @@ class DenseHeads(nn.Module):
 
     def forward(self, tokens: torch.Tensor, target: CellTargets) -> dict[str, torch.Tensor]:
         tokens = tokens.float()
-        covered, letters, boxes, values, colours = self.predictions(tokens)
+        covered, letters, boxes, values, colours, counts, ranks = self.predictions(tokens)
 
         def cross_entropy(logits, wanted, weights=None):
             if not (wanted != UNKNOWN).any():
@@ -133,18 +124,20 @@ class DenseHeads(nn.Module):
             "units": 0.3 * cross_entropy(units, digits[..., 1]),
             "values": 0.4 * cross_entropy(values, target.values),
             "colours": 0.4 * cross_entropy(colours, target.colours),
+            "counts": 0.4 * cross_entropy(counts, target.counts),
+            "ranks": 0.4 * cross_entropy(ranks.unflatten(-1, (2, RANKS)), target.ranks),
         }
 
 
 @torch.no_grad()
 def accuracy(see, heads: DenseHeads, loader: DataLoader, device: torch.device) -> dict[str, float]:
     """Shares on held-out pictures: cells with a thing and empty cells named right, letters right, boxes with an
-    intersection over union of 0.5, values within 5 % of the range, colours."""
+    intersection over union of 0.5, values within 5 % of the range, colours, counts and ranks."""
     hits: dict[str, list[torch.Tensor]] = {}
     for pixels, target in loader:
         target = CellTargets(*(array.to(device) for array in target))
         tokens = see(pixels).float()
-        _, letters, boxes, values, colours = heads.predictions(tokens)
+        _, letters, boxes, values, colours, counts, ranks = heads.predictions(tokens)
         named = heads.similarity(tokens).argmax(-1) == target.centred
         boxed = ~target.boxes.isnan().any(-1)
         read = letters.unflatten(-1, (LETTER_SLOTS, -1)).argmax(-1) == target.letters
@@ -161,6 +154,8 @@ def accuracy(see, heads: DenseHeads, loader: DataLoader, device: torch.device) -
             "tens": tens == box_digits(second)[..., 0],
             "values": near[target.values != UNKNOWN],
             "colours": (colours.argmax(-1) == target.colours)[target.colours != UNKNOWN],
+            "counts": (counts.argmax(-1) == target.counts)[target.counts != UNKNOWN],
+            "ranks": (ranks.unflatten(-1, (2, RANKS)).argmax(-1) == target.ranks)[target.ranks != UNKNOWN],
         }.items():
             hits.setdefault(name, []).append(right.flatten())
     return {name: round(torch.cat(parts).float().mean().item(), 4) for name, parts in hits.items()}
@@ -174,39 +169,19 @@ def overlap(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     return shared / (areas[0] + areas[1] - shared).clamp(min=1e-9)
 
 
-def written(target: CellTargets, digits: torch.Tensor) -> torch.Tensor:
-    """What a cell with something in it should say beside what it says: its column, as the language model writes it.
-
-    `digits` `[10, width]`: the language model's embeddings of "0" to "9"; returns `[B, cells, width]`. Where a cell is
-    in the sequence tells its row, but its column only modulo the width of the picture, which a language model does not
-    learn by itself; a digit in its own words it can repeat.
-    """
-    filled = target.centred != 0
-    side = math.isqrt(filled.shape[1])
-    columns = torch.arange(filled.shape[1], device=digits.device) % side
-    return WRITTEN * (digits - digits.mean(0))[columns] * filled[..., None]
-
-
-def departure(tokens: torch.Tensor, before: torch.Tensor, target: CellTargets) -> torch.Tensor:
-    """Squared distance of tokens `[B, cells, width]` from what they were, relative to it: mean over the cells with
-    something in them, and mean over the others, weighed alike."""
-    moved = (tokens.float() - before).square().sum(-1) / before.square().sum(-1)
-    filled = target.centred != 0
-    return 0.5 * (moved[filled].mean() + moved[~filled].mean())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=650)
     parser.add_argument("--batch-size", type=int, default=48, help="pictures a step, over all processes")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw pictures, beside each that learns")
+    parser.add_argument("--every", type=int, default=100, help="steps between checkpoints")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=Path("runs/tower"))
     parser.add_argument("--art", type=Path, default=Path("runs/art"))
     parser.add_argument("--base", type=Path, default=Path("runs/base"))
     parser.add_argument("--init", type=Path, help="start from this file of an earlier run, with a fresh optimizer")
-    parser.add_argument("--keep", type=Path, help="teach the model in this folder, in the layout of assets/bundled")
     parser.add_argument("--freeze", type=int, default=FROZEN_STAGES, help="stages that stay as they are, of 7")
     parser.add_argument("--export", action="store_true", help=f"only write {TAUGHT_FILE.name} from the last checkpoint")
     options = parser.parse_args()
@@ -218,78 +193,52 @@ def main() -> None:
 
     model, processor = build_model(options.base)
     table = concept_embeddings(model.get_input_embeddings().weight.detach(), processor.tokenizer)
-    digits = model.get_input_embeddings().weight.detach()[processor.tokenizer.convert_tokens_to_ids(list("0123456789"))]
-    digits = digits.float().to(device)
     tower, connector = model.model.vision_tower.to(device), model.model.multi_modal_projector.to(device)
-    missing, _ = tower.load_state_dict(imagenet_state_dict(imagenet_weights(options.base)), strict=False)
-    if options.keep:
-        load_vision(model, options.keep / VISION_FILE.name)
-    reader = nn.Sequential(tower.context, tower.norm, connector)
-    former = deepcopy(reader).requires_grad_(False) if options.keep else None
     heads = DenseHeads(table.shape[-1], table).to(device)
-    trunk = nn.ModuleList([tower.stem, *tower.stages])
+    taught = {"tower": tower, "connector": connector, "heads": heads}
+    if options.init:
+        former = read_taught(options.init)
+        for name, module in taught.items():
+            module.load_state_dict(former[name], strict=name != "heads")  # heads may have been added since
+    else:
+        tower.load_state_dict(imagenet_state_dict(imagenet_weights(options.base)), strict=False)
     nn.ModuleList([tower.stem, *tower.stages[: options.freeze]]).requires_grad_(False)
     tower.to(memory_format=torch.channels_last)
-
-    old = [p for p in trunk.parameters() if p.requires_grad]
-    new = [*connector.parameters(), *heads.parameters(), *(p for n, p in tower.named_parameters() if n in set(missing))]
-    optimizer = torch.optim.AdamW([{"params": new}, {"params": old}], lr=options.lr, weight_decay=0.02)
-    rates = (options.lr, options.lr)
-    taught = {"tower": tower, "connector": connector, "heads": heads}
-    if options.init or options.keep:
-        former_parts = read_taught(options.init or TAUGHT_FILE)
-        for name in ("heads",) if options.keep else taught:
-            taught[name].load_state_dict(former_parts[name], strict=name != "heads")  # heads may have been added since
-    parts = taught | {"optimizer": optimizer}
-    run = Run(options.out, parts, options.steps, options.batch_size, rank)
+    learning = [p for module in taught.values() for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=options.lr, weight_decay=0.02)
+    run = Run(options.out, taught | {"optimizer": optimizer}, options.steps, options.batch_size, rank)
 
     if options.export:
-        if options.keep:
-            save_vision(model, options.out / VISION_FILE.name)
-        else:
-            save_taught(taught, TAUGHT_FILE)
+        save_taught(taught, TAUGHT_FILE)
         return
 
     def see(pixels: torch.Tensor) -> torch.Tensor:
-        """Joined maps of the pictures, which a reader turns into tokens."""
         with torch.autocast(device.type, torch.bfloat16):
-            return tower.joined(pixels.to(device, memory_format=torch.channels_last))
-
-    def read(maps: torch.Tensor, reader: nn.Module = reader) -> torch.Tensor:
-        with torch.autocast(device.type, torch.bfloat16):
-            return reader(maps)
+            pixels = pixels.to(device, memory_format=torch.channels_last)
+            return connector(tower(pixels).last_hidden_state)
 
     remaining = (options.steps - run.step) * options.batch_size
-    mix = KEPT_MIX if options.keep else KINDS
-    data = Cells(
-        options.art, "train", options.seed, remaining, model, processor, run.step * options.batch_size, mix
-    )  # fmt: skip
+    data = Cells(options.art, "train", options.seed, remaining, model, processor, run.step * options.batch_size)
     data = Subset(data, range(rank, len(data), world))
-    loader = DataLoader(data, options.batch_size // world, num_workers=1, prefetch_factor=4)
-    held_out = DataLoader(Cells(options.art, "held-out", 1, 240, model, processor), 48)
+    loader = DataLoader(data, options.batch_size // world, num_workers=options.workers, prefetch_factor=4)
+    held_out = DataLoader(
+        Cells(options.art, "held-out", 1, 240, model, processor), 48, num_workers=options.workers
+    )  # fmt: skip
+    held_out = list(held_out) if rank == 0 else []
     model.eval()  # batch statistics stay those of ImageNet
     for pixels, target in loader:
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * cosine(run.step, options.steps, 50)
-        target = CellTargets(*(array.to(device) for array in target))
-        maps = see(pixels)
-        tokens = read(maps)
-        losses = heads(tokens, target)
-        if former is not None:
-            with torch.no_grad():
-                before = read(maps, former).float()
-            losses = {name: loss for name, loss in losses.items() if name not in ("aligned", "distance")}
-            losses["kept"] = 16 * departure(tokens, before + written(target, digits), target)
+        for group in optimizer.param_groups:
+            group["lr"] = options.lr * cosine(run.step, options.steps, 50)
+        losses = heads(see(pixels), CellTargets(*(array.to(device) for array in target)))
         sum(losses.values()).backward()
-        average_gradients([*new, *old])
-        nn.utils.clip_grad_norm_([*new, *old], 5.0)
+        average_gradients(learning)
+        nn.utils.clip_grad_norm_(learning, 5.0)
         optimizer.step()
         optimizer.zero_grad()
-        run.advance({name: loss.item() for name, loss in losses.items()})
-        if run.step % 100 == 0 or run.step == options.steps:
+        run.advance(dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True)))
+        if run.step % options.every == 0 or run.step == options.steps:
             if rank == 0:
-                shares = accuracy(lambda pixels: read(see(pixels)), heads, held_out, device)
-                run.log({"step": run.step, "held-out": shares})
+                run.log({"step": run.step, "held-out": accuracy(see, heads, held_out, device)})
             run.save()
     leave_processes()
 

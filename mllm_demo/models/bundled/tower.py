@@ -40,7 +40,7 @@ class TesseraVisionConfig(PretrainedConfig):
     model_type = "tessera_vision"
     base_config_key = "vision_config"
 
-    image_size: int = 288
+    image_size: int = 384
     patch_size: int = 32
     stem_channels: int = 32
     batch_norm_eps: float = 1e-3

@@ -1,0 +1,114 @@
+"""Asks the middle of the language model where things are, so that it learns to carry places from patches to words.
+
+Image tokens tell their row and column, and answers about places need them; but a language model that has only answers
+to learn from takes very long to carry a column from a patch to the word that it answers with. So a linear head, thrown
+away afterwards, reads one of its middle layers: at every word or label that picks something out, before every edge of
+a box and before every character that is spelled, it must tell where that thing is, what it is worth in a chart and how
+many of it there are. It knows nothing of tokens or of how questions are asked.
+"""
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from mllm_demo.training.phrasings import PHRASINGS
+from mllm_demo.training.things import MAX_COUNT, Scene, Thing
+from mllm_demo.training.wording import MASS, plural
+
+UNKNOWN = -100  # no target: torch's cross entropy skips it
+TENS = 11  # 0 to 10 tens of a percent
+SIZES = (TENS,) * 5 + (MAX_COUNT + 1,)  # left, top, right, bottom, value, count
+NOWHERE = (UNKNOWN,) * len(SIZES)
+FIELDS = {"columns": (0, 2), "rows": (1, 3), "values": (4,), "counts": (5,)}
+# Labels that are words of questions, too, are not told from them.
+_COMMON = frozenset(re.findall(r"[a-z]+", " ".join(sum(PHRASINGS.values(), ())).lower()))
+_BOX = re.compile(r"\[[\d\s,]+\]")
+_EDGE = re.compile(r"\d+")
+
+Place = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Mark:
+    """`place` is to be told at the token that holds character `end - 1` of a text (`before`: that precedes it)."""
+
+    end: int
+    place: Place
+    before: bool = False
+
+
+def _tens(value: float, whole: float) -> int:
+    return min(max(int(100 * value / whole + 0.5) // 10, 0), 10)
+
+
+def place_of(scene: Scene, box, value: int = UNKNOWN, count: int = UNKNOWN) -> Place:
+    """Tens of percent of the four edges of `box` (pixels), then `value` and `count` as they are."""
+    return (*(_tens(edge, scene.image.shape[0]) for edge in box), value, count)
+
+
+def places(scene: Scene) -> dict[str, Place]:
+    """What words that pick something out of the scene should tell: names, coloured names, plurals, chart labels."""
+    things = scene.of_kind("object", "shape", "part")
+    named: dict[str, list[Thing]] = {}
+    for thing in things:
+        for words in {thing.name, f"{thing.colour} {thing.name}" if thing.colour else thing.name}:
+            named.setdefault(words, []).append(thing)
+    found: dict[str, Place] = {}
+    for words, those in named.items():
+        if words not in MASS and words == those[0].name:
+            found[plural(words)] = (*NOWHERE[:5], min(len(those), MAX_COUNT))
+        if len(those) == 1:
+            found[words] = place_of(scene, those[0].box, count=1)
+    if (chart := scene.chart) is not None:
+        for label, value, region in zip(chart.labels, chart.values, chart.regions, strict=True):
+            if label not in _COMMON:
+                found[label] = place_of(scene, region, _tens(value, chart.top))
+    return found
+
+
+def marks(text: str, found: dict[str, Place], last: Place | None = None) -> tuple[list[Mark], Place | None]:
+    """Marks of a text, and the place that it mentions last, which `last` was before it: boxes are of that place."""
+    made: list[Mark] = []
+    if found:
+        words = re.compile(r"\b(" + "|".join(sorted(map(re.escape, found), key=len, reverse=True)) + r")\b")
+        for mention in words.finditer(text.lower()):
+            place = found[mention.group(1)]
+            made.append(Mark(mention.end(), place))
+            last = place if place[0] != UNKNOWN else last
+    if last is not None:
+        for box in _BOX.finditer(text):
+            made += [Mark(box.start() + edge.start() + 1, last, before=True) for edge in _EDGE.finditer(box.group())]
+    return made, last
+
+
+def spelled(scene: Scene, text: str) -> list[Place]:
+    """Where the characters of `text` stand in the scene, one for each; nowhere where it is not written."""
+    letters = scene.of_kind("letter")
+    start = "".join(letter.name for letter in letters).find(text.replace(" ", "").lower())
+    if start < 0:
+        return [NOWHERE] * len(text)
+    rest = iter(letters[start:])
+    return [NOWHERE if char == " " else place_of(scene, next(rest).box) for char in text]
+
+
+class PlaceHead(nn.Module):
+    """Hidden states `[marked, width]` and their places int64 `[marked, 6]` → cross entropies by kind of field."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.read = nn.Linear(width, sum(SIZES))
+
+    def forward(self, hidden: torch.Tensor, wanted: torch.Tensor) -> dict[str, torch.Tensor]:
+        hidden = functional.layer_norm(hidden.float(), hidden.shape[-1:])
+        logits = self.read(hidden).split(SIZES, dim=-1)
+        losses = {}
+        for name, fields in FIELDS.items():
+            said, target = torch.stack([logits[f] for f in fields], 1), wanted[:, list(fields)]
+            known = target != UNKNOWN
+            # A mean over none would be no number; the sum over none is nothing and still has a gradient.
+            each = functional.cross_entropy(said.flatten(0, 1), target.flatten(), ignore_index=UNKNOWN, reduction="sum")
+            losses[name] = each / known.sum().clamp(min=1)
+        return losses
