@@ -99,6 +99,7 @@ def cell_targets(scene: Scene, side: int) -> CellTargets:
             where = inside(region)
             if parts:
                 where |= inside(parts[index].box)
+                where[at(parts[index])] = True
             for letter in scene.of_kind("letter"):  # a line of text may be lower than any cell's middle
                 x, y = letter.centre
                 if region[0] <= x < region[2] and region[1] <= y < region[3]:

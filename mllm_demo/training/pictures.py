@@ -8,6 +8,7 @@ It knows nothing of models; the records are what `chat`, `experts` and `evaluate
 
 import argparse
 import json
+import math
 import re
 from pathlib import Path
 
@@ -20,14 +21,17 @@ from mllm_demo.figures.palette import expert_colors
 
 RECORDS = Path(__file__).resolve().parents[2] / "assets" / "training"
 TITLES = {
-    "stage1": "I: connector and single LoRA",
+    "stage1": "I: reader and single LoRA",
     "stage2-4": "II: experts copied, routers",
     "stage3-4": "III: four experts",
-    "more-4": "III, gone on with other tokens",
     "stage2-1": "II, single LoRA",
     "stage3-1": "III, single LoRA",
 }
-LABELS = {"answers": "loss on answers", "text": "drift of text alone, nats", "balance": "imbalance of experts"}
+LABELS = {
+    "answers": "loss on answers", "columns": "loss on columns, in the middle", "values": "loss on values of charts",
+    "counts": "loss on counts", "text": "drift of text alone, nats", "balance": "imbalance of experts",
+}  # fmt: skip
+PANELS = 3  # side by side
 
 
 def read_curve(file: Path) -> list[dict]:
@@ -40,22 +44,30 @@ def curves(folder: Path) -> Figure:
     """One panel per quantity; stages follow each other by their steps, the single LoRA beside the experts."""
     runs = {name: read_curve(folder / name / "log.jsonl") for name in TITLES if (folder / name / "log.jsonl").exists()}
     shown = [name for name in LABELS if any(name in row for rows in runs.values() for row in rows)]
-    figure, axes = pyplot.subplots(1, len(shown), figsize=(4.2 * len(shown), 3.2), squeeze=False, layout="constrained")
+    rows, columns = math.ceil(len(shown) / PANELS), min(len(shown), PANELS)
+    size = (4.2 * columns, 3.2 * rows)
+    figure, grid = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    axes = grid.flatten()
+    for unused in axes[len(shown) :]:
+        unused.remove()
     starts, ends = {}, {"4": 0, "1": 0}
-    for name, rows in runs.items():
+    for name, logged in runs.items():
         tracks = ends if name == "stage1" else [name.rpartition("-")[2]]
         starts[name] = max(ends[track] for track in tracks)
         for track in tracks:
-            ends[track] = starts[name] + rows[-1]["step"]
-    for axis, quantity in zip(axes[0], shown, strict=True):
-        for index, (name, rows) in enumerate(runs.items()):
-            points = [(starts[name] + row["step"], row[quantity]) for row in rows if quantity in row]
+            ends[track] = starts[name] + logged[-1]["step"]
+    for axis, quantity in zip(axes, shown, strict=False):
+        for index, (name, logged) in enumerate(runs.items()):
+            points = [(starts[name] + row["step"], row[quantity]) for row in logged if quantity in row]
             if points:
                 style = ":" if name.endswith("-1") else "-"
                 axis.plot(*zip(*points, strict=True), style, color=f"C{index}", label=TITLES[name])
         axis.set(xlabel="step", title=LABELS[quantity], yscale="log" if quantity != "balance" else "linear")
+        for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            ticks(lambda value, position: f"{value:.2g}")
+        axis.tick_params(axis="y", which="both", labelsize="x-small")
         axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize="x-small", frameon=False)
+    axes[0].legend(fontsize="x-small", frameon=False)
     return figure
 
 

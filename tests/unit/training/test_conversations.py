@@ -3,6 +3,7 @@
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -11,7 +12,9 @@ from transformers import PreTrainedTokenizerFast
 from mllm_demo.models.bundled.assembly import CHAT_TEMPLATE
 from mllm_demo.training import conversations
 from mllm_demo.training.conversations import IGNORED, TENS_WEIGHT, UNITS_WEIGHT, Conversations, Encoder, collate
+from mllm_demo.training.placing import UNKNOWN
 from mllm_demo.training.questions import Question
+from mllm_demo.training.things import Scene, Thing
 
 
 class Processor:
@@ -96,6 +99,26 @@ def test_quoted_text_is_spelled_and_nothing_else(encoder):
     assert "oak" in tokens  # in the question and the second answer, where it is prose
 
 
+def test_tokens_know_the_places_of_what_they_mention_and_spell(encoder):
+    letters = tuple(Thing("letter", char, (20 * i, 0, 20 * i + 20, 50)) for i, char in enumerate("oaktree"))
+    scene = Scene(np.zeros((200, 200, 3), np.uint8), (Thing("object", "oak", (20, 40, 90, 120)), *letters))
+    turns = [("Where is the oak?", "The oak is at [10, 20, 45, 60]."), ("Text?", 'It says "oak tree".')]
+    sample = encoder.encode(turns, torch.zeros(3, 2, 2), scene)
+    assert len(sample.places) == len(sample.input_ids)
+    tokens = [encoder.tokenizer.decode([one]) for one in sample.input_ids.tolist()]
+    told = [(token, tuple(place[:4])) for token, place in zip(tokens, sample.places.tolist(), strict=True)
+            if place[0] != UNKNOWN]  # fmt: skip
+    box = (1, 2, 4, 6)
+    assert [token for token, place in told[:2]] == ["oak", "oak"] and {place for _, place in told[:6]} == {box}
+    starts = [index for index, place in enumerate(sample.places.tolist()) if tuple(place[:4]) == box]
+    assert [tokens[index + 1] for index in starts[2:]] == ["1", "2", "4", "6"]  # an edge is known before it is said
+    assert [(place[0], place[2]) for _, place in told[6:]] == [(i, i + 1) for i in range(7)]
+    first = next(i for i, place in enumerate(sample.places.tolist()) if tuple(place[:4]) == told[6][1])
+    assert tokens[first + 1] == "o"
+    plain = encoder.encode(turns, torch.zeros(3, 2, 2))
+    assert torch.equal(plain.input_ids, sample.input_ids) and (plain.places == UNKNOWN).all()
+
+
 def test_text_alone_is_read_as_it_is_and_has_no_answers(encoder):
     sample = encoder.encode_text('<|im_start|>user\nSay "oak"<|im_end|>')
     tokens = encoder.tokenizer.convert_ids_to_tokens(sample.input_ids)
@@ -126,5 +149,6 @@ def test_a_batch_is_padded_on_the_right_and_holds_only_the_pictures_there_are(en
     assert batch["pixel_values"].shape == (1, 3, 2, 2)
     rest = len(short.input_ids)
     assert (batch["input_ids"][1, rest:] == 7).all() and (batch["labels"][1, rest:] == IGNORED).all()
+    assert (batch["places"][1, rest:] == UNKNOWN).all()
     assert batch["attention_mask"].sum(1).tolist() == [len(long.input_ids), rest]
     assert "pixel_values" not in collate([short], pad=7)

@@ -7,6 +7,7 @@ from mllm_demo.training import scenes
 from mllm_demo.training.art import HELD_OUT_STYLE, OBJECT_NAMES
 from mllm_demo.training.concepts import CONCEPTS, UNKNOWN, VALUE_BINS, cell_targets, concept_of
 from mllm_demo.training.lettering import CHARACTERS
+from mllm_demo.training.restyle import restyled
 from mllm_demo.training.things import COLOURS, Chart, Scene, Thing
 from mllm_demo.training.words import TEST_WORDS, TRAIN_WORDS, invented
 
@@ -31,6 +32,7 @@ def test_splits_draw_from_different_streams_styles_fonts_and_words(art):
 
 def test_no_drawing_is_shown_in_training_and_in_evaluation(art, monkeypatch):
     """Every object is withheld in one style: training never draws it in that one, evaluation only in that one."""
+    monkeypatch.setattr(scenes, "RESTYLED", 0)  # which would change the colour that tells the style
     drawn = {}
     for split in (scenes.TRAIN, scenes.HELD_OUT):
         for style in split.styles:
@@ -42,6 +44,27 @@ def test_no_drawing_is_shown_in_training_and_in_evaluation(art, monkeypatch):
         }
     withheld = {(name, scenes.TRAIN.styles.index(style)) for name, style in HELD_OUT_STYLE.items()}
     assert drawn["held-out"] == withheld and not drawn["train"] & withheld
+
+
+def test_only_drawings_to_learn_from_are_redrawn_by_another_hand(art, monkeypatch):
+    monkeypatch.setattr(scenes, "RESTYLED", 1)
+    blank = np.zeros((4, 4, 4), np.uint8)
+    monkeypatch.setattr(scenes, "restyled", lambda rng, sprite: blank)
+    rng = np.random.default_rng(0)
+    assert scenes._sprite(rng, art, scenes.TRAIN, "dog") is blank
+    for split in (scenes.HELD_OUT, scenes.UNSEEN_STYLE):
+        assert np.array_equal(scenes._sprite(rng, art, split, "dog"), art.sprites["noto"][OBJECT_NAMES.index("dog")])
+
+
+def test_a_redrawn_thing_keeps_its_form_whatever_the_hand(art):
+    sprite = art.sprites["noto"][0]
+    rng, drawn = np.random.default_rng(0), set()
+    for _ in range(30):
+        made = restyled(rng, sprite)
+        there, before = made[..., 3] > 127, sprite[..., 3] > 127
+        assert made.shape == sprite.shape and (there & before).sum() / (there | before).sum() > 0.9
+        drawn.add(made.tobytes())
+    assert len(drawn) > 15
 
 
 def test_invented_words_are_never_words_of_the_evaluation():

@@ -1,14 +1,15 @@
-"""Stage 0 teaches what answers will need: boxes as their digits, and nothing that a kept model would not recognise."""
+"""Stage 0 teaches what answers will need: boxes as their digits, how many there are, and which part is the largest."""
 
 import numpy as np
+import pytest
 import torch
 
-from mllm_demo.training.concepts import CONCEPTS, DIGITS, CellTargets, box_digits, cell_targets
+from mllm_demo.training.concepts import CONCEPTS, DIGITS, UNKNOWN, CellTargets, box_digits, cell_targets
 from mllm_demo.training.questions import ask
 from mllm_demo.training.scenes import HELD_OUT, render
-from mllm_demo.training.tower import DenseHeads, departure, overlap
+from mllm_demo.training.tower import DenseHeads, overlap
 
-WIDTH, SIDE = 32, 9
+WIDTH, SIDE = 32, 12
 
 
 def test_the_digits_of_a_cell_are_those_of_the_answer_about_its_thing(art):
@@ -45,14 +46,29 @@ def test_heads_that_write_every_digit_right_lose_nothing(art):
     assert heads(torch.randn(1, SIDE**2, WIDTH), target)["tens"] > 1
 
 
-def test_departure_counts_full_and_empty_cells_alike(art):
-    target = target_of(art, "single")
-    before = torch.randn(1, SIDE**2, WIDTH)
-    filled = (target.centred != 0)[..., None]
-    assert 0 < filled.sum() < 0.1 * filled.numel()
-    assert departure(before, before, target) == 0
-    for moved in (filled, ~filled):  # half of the whole, however few cells it is
-        assert torch.isclose(departure(torch.where(moved, 3 * before, before), before, target), torch.tensor(2.0))
+def test_every_thing_tells_how_many_of_it_there_are(art):
+    for index in range(12):
+        scene = render(art, HELD_OUT, 3, index, kind="shapes")
+        counts = cell_targets(scene, SIDE).counts
+        names = [thing.name for thing in scene.of_kind("shape")]
+        assert {*counts.tolist()} - {UNKNOWN} <= {names.count(name) - 1 for name in names}
+        for thing in scene.of_kind("shape"):
+            x, y = (int(v * SIDE / scene.image.shape[0]) for v in thing.centre)
+            centres = [tuple(int(v * SIDE / scene.image.shape[0]) for v in other.centre) for other in scene.things]
+            if centres.count((x, y)) == 1:
+                assert counts[y * SIDE + x] == names.count(thing.name) - 1
+
+
+@pytest.mark.parametrize("kind", ["bar", "line", "pie", "table"])
+def test_the_cells_of_a_label_and_of_its_part_tell_the_rank_of_its_value(art, kind):
+    for index in range(8):
+        scene = render(art, HELD_OUT, 3, index, kind="chart", chart=kind)
+        values, ranks = scene.chart.values, cell_targets(scene, SIDE).ranks.reshape(SIDE, SIDE, 2)
+        seen = {tuple(pair) for pair in ranks.reshape(-1, 2).tolist() if UNKNOWN not in pair}
+        assert seen == {(rank, len(values) - 1 - rank) for rank in range(len(values))}
+        for part, value in zip(scene.of_kind("part"), values, strict=kind != "table"):
+            x, y = (int(v * SIDE / scene.image.shape[0]) for v in part.centre)
+            assert ranks[y, x, 0] == sum(other > value for other in values)
 
 
 def test_overlap_is_intersection_over_union():
