@@ -32,7 +32,7 @@ def test_closing_the_tab_stops_the_answer(visit, staged):
 
 
 def test_while_an_answer_streams_the_routing_grows_and_the_selection_stays(visit, staged):
-    address, _ = staged(pause=0.05)
+    address, _ = staged(pause=0.2)
     page = visit(address)
     looking.ask(page, "a slow answer please")
     expect(page.get_by_text("live", exact=True)).to_be_visible()
