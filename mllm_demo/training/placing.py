@@ -14,11 +14,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from mllm_demo.training.concepts import UNKNOWN
 from mllm_demo.training.phrasings import PHRASINGS
 from mllm_demo.training.things import MAX_COUNT, Scene, Thing
 from mllm_demo.training.wording import MASS, plural
 
-UNKNOWN = -100  # no target: torch's cross entropy skips it
 TENS = 11  # 0 to 10 tens of a percent
 SIZES = (TENS,) * 5 + (MAX_COUNT + 1,)  # left, top, right, bottom, value, count
 NOWHERE = (UNKNOWN,) * len(SIZES)

@@ -12,7 +12,6 @@ Resumes from `runs/tower/last.pt`; uses a GPU when there is one. It knows nothin
 """
 
 import argparse
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -48,10 +47,8 @@ class Cells(Dataset):
     """Pictures with what each of their cells should tell, ready for the tower."""
 
     def __init__(
-        self, art_folder: Path, split: str, seed: int, count: int, model, processor, start: int = 0,
-        mix: Mapping[str, float] = KINDS,
+        self, art_folder: Path, split: str, seed: int, count: int, model, processor, start: int = 0
     ):  # fmt: skip
-        self.mix = mix
         self.art_folder, self.split, self.seed = art_folder, SPLITS[split], seed
         self.count, self.start = count, start
         self.image_processor = processor.image_processor
@@ -62,7 +59,7 @@ class Cells(Dataset):
 
     def __getitem__(self, index: int):
         index += self.start
-        kind = str(np.random.default_rng((self.seed, 78, index)).choice(list(self.mix), p=list(self.mix.values())))
+        kind = str(np.random.default_rng((self.seed, 78, index)).choice(list(KINDS), p=list(KINDS.values())))
         scene = render(art.load(self.art_folder), self.split, self.seed, index, kind=kind)
         pixels = self.image_processor(scene.image, return_tensors="pt").pixel_values[0]
         return pixels, CellTargets(*(torch.from_numpy(array) for array in cell_targets(scene, self.side)))
