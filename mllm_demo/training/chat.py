@@ -7,8 +7,9 @@
     python -m mllm_demo.training.chat --stage 3 --init assets/bundled --out runs/more --seed 1  # from what is shipped
     torchrun --nproc-per-node 2 -m mllm_demo.training.chat --threads 1 ... # one process a core, gradients averaged
 
-`--experts 1` in stages 2 and 3 goes on with a single LoRA of the same active rank, for comparison. The language
-model's weights are rounded to NF4 before training, so the adapter learns to live with the weights that are shipped.
+`--experts 1` in stages 2 and 3 goes on with a single LoRA of the same active rank, for comparison. Every other step is
+made on the language model's weights rounded to NF4, so the adapter learns to live with those that are shipped and with
+those of 16 bit alike.
 Beside the adapter learns the reader: the tower's transformer layers and the connector; the convolutions stay as they
 are. Loss: on answers, on drifting away from the language model's own speech where there is text alone, on not knowing
 where things are in the middle of the language model (see `placing`), and on unevenly used experts. Every stage resumes
@@ -53,13 +54,25 @@ PLACED = 20  # the language model's layer, of 30, after which places are asked f
 PLACE_LR = 2e-3
 
 
-@torch.no_grad()
-def round_to_nf4(model: nn.Module) -> None:
-    """Replaces each linear weight by what NF4 with double quantization keeps of it; computed on the CPU everywhere."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            packed, state = quantize_4bit(module.weight.cpu().bfloat16(), quant_type="nf4", compress_statistics=True)
-            module.weight.copy_(dequantize_4bit(packed, state))
+class Rounding:
+    """The frozen linear weights of `model` in two states: as they are, and what NF4 with double quantization keeps of
+    them (computed on the CPU everywhere); both in the dtype that the model has now."""
+
+    @torch.no_grad()
+    def __init__(self, model: nn.Module):
+        linear = (m for m in model.modules() if isinstance(m, nn.Linear) and not m.weight.requires_grad)
+        self.weights = [module.weight for module in linear]
+        self.exact = [weight.detach().clone() for weight in self.weights]
+        self.rounded = [self._round(weight) for weight in self.weights]
+
+    @staticmethod
+    def _round(weight: torch.Tensor) -> torch.Tensor:
+        packed, state = quantize_4bit(weight.cpu().bfloat16(), quant_type="nf4", compress_statistics=True)
+        return dequantize_4bit(packed, state).to(weight)
+
+    @torch.no_grad()
+    def use(self, rounded: bool) -> None:
+        torch._foreach_copy_(self.weights, self.rounded if rounded else self.exact)
 
 
 def folder_of(options, stage: int) -> Path:
@@ -91,7 +104,6 @@ def build(options, device: torch.device, rank: int) -> tuple[PeftModel, object, 
         wait_for_others()
     if options.init:
         load_vision(model, options.init / VISION_FILE.name)
-        round_to_nf4(model.model.language_model)
         model.requires_grad_(False)
         return PeftModel.from_pretrained(model, options.init / ADAPTER.name, is_trainable=True), processor, talk
     taught = read_taught(options.tower)
@@ -99,7 +111,6 @@ def build(options, device: torch.device, rank: int) -> tuple[PeftModel, object, 
     model.model.multi_modal_projector.load_state_dict(taught["connector"])
     if options.stage > 1:
         reader_of(model).load_state_dict(_end_of(folder_of(options, options.stage - 1))["reader"])
-    round_to_nf4(model.model.language_model)
     model.requires_grad_(False)
     if options.stage == 1:
         adapted = single_lora(model)
@@ -256,11 +267,13 @@ def main() -> None:
     )  # fmt: skip
 
     weights = WEIGHTS | {"balance": BALANCE.get(options.stage, 0.0)}
+    rounding = Rounding(model.base_model.model.model.language_model)
     model.train()
     model.base_model.model.model.vision_tower.eval()
     for batch in loader:
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * cosine(run.step, options.steps, 25)
+        rounding.use(run.step % 2 == 0)
         losses = losses_of(model, place_head, {name: value.to(device) for name, value in batch.items()})
         if options.stage > 1 and options.experts > 1:
             losses["balance"] = model.base_model.router_aux_loss()

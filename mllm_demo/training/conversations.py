@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from mllm_demo.training import art
 from mllm_demo.training.placing import NOWHERE, UNKNOWN, Mark, Place, marks, places, spelled
-from mllm_demo.training.questions import ask_all
+from mllm_demo.training.questions import Question, ask_all
 from mllm_demo.training.scenes import SPLITS, render
 from mllm_demo.training.things import Scene
 
@@ -26,7 +26,9 @@ QUOTE = '"'
 BOX = "["  # where a box begins
 TENS_WEIGHT, UNITS_WEIGHT = 4.0, 0.25
 # How often each kind of picture is talked about.
-MIX = {"single": 0.08, "same": 0.14, "objects": 0.18, "shapes": 0.16, "mixed": 0.05, "text": 0.17, "chart": 0.22}
+MIX = {"single": 0.04, "same": 0.18, "objects": 0.12, "shapes": 0.16, "mixed": 0.03, "text": 0.19, "chart": 0.28}
+# Answers of which one token tells everything weigh more: elsewhere it is outnumbered.
+TASK_WEIGHTS = {"counting": 3.0, "chart": 2.0, "table": 1.5}
 
 
 @dataclass(frozen=True)
@@ -124,10 +126,14 @@ class Encoder:
         return Sample(ids, torch.full_like(ids, IGNORED), torch.zeros(len(ids)), None, known, is_text=True)
 
     def encode(
-        self, turns: list[tuple[str, str]], pixels: torch.Tensor | None, scene: Scene | None = None
+        self,
+        turns: list[tuple[str, str]],
+        pixels: torch.Tensor | None,
+        scene: Scene | None = None,
+        turn_weights: list[float] | None = None,
     ) -> Sample:
         """`turns`: (question, answer) pairs about one picture, which stands before the first question; what they say of
-        `scene`, their tokens should know."""
+        `scene`, their tokens should know. `turn_weights`: how much each answer weighs; None: all alike."""
         ids: list[int] = []
         labels: list[int] = []
         weights: list[float] = []
@@ -144,7 +150,9 @@ class Encoder:
             reply = reply + self.end
             ids += prompt + reply + self.after
             labels += [IGNORED] * len(prompt) + reply + [IGNORED] * len(self.after)
-            weights += [0.0] * len(prompt) + self._weights(answer, reply) + [0.0] * len(self.after)
+            factor = turn_weights[index] if turn_weights else 1.0
+            of_answer = [factor * weight for weight in self._weights(answer, reply)]
+            weights += [0.0] * len(prompt) + of_answer + [0.0] * len(self.after)
             known += [NOWHERE] * (len(self.before) + len(picture)) + of_words + [NOWHERE] * len(self.between)
             known += of_reply + [NOWHERE] * (len(self.end) + len(self.after))
         return Sample(
@@ -181,13 +189,15 @@ class Conversations(Dataset):
         rng = np.random.default_rng((self.seed, 77, index))
         if self.texts and rng.random() < self.text_share:
             return self.encoder.encode_text(self.texts[rng.integers(len(self.texts))])
-        turns: list[tuple[str, str]] = []
-        while not turns:  # few pictures allow no question that is tried; another one then
+        questions: list[Question] = []
+        while not questions:  # few pictures allow no question that is tried; another one then
             kind = str(rng.choice(list(MIX), p=list(MIX.values())))
             scene = render(art.load(self.art_folder), self.split, self.seed, index, kind=kind)
-            turns = [(question.prompt, question.answer) for question in ask_all(rng, scene, self.most)]
+            questions = ask_all(rng, scene, self.most)
         pixels = self.encoder.processor.image_processor(scene.image, return_tensors="pt").pixel_values[0]
-        return self.encoder.encode(turns, pixels, scene)
+        turns = [(question.prompt, question.answer) for question in questions]
+        turn_weights = [TASK_WEIGHTS.get(question.task, 1.0) for question in questions]
+        return self.encoder.encode(turns, pixels, scene, turn_weights)
 
 
 def collate(samples: list[Sample], pad: int) -> dict[str, torch.Tensor]:

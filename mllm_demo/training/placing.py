@@ -3,8 +3,8 @@
 Image tokens tell their row and column, and answers about places need them; but a language model that has only answers
 to learn from takes very long to carry a column from a patch to the word that it answers with. So a linear head, thrown
 away afterwards, reads one of its middle layers: at every word or label that picks something out, before every edge of
-a box and before every character that is spelled, it must tell where that thing is, what it is worth in a chart and how
-many of it there are. It knows nothing of tokens or of how questions are asked.
+a box and before every character that is spelled, it must tell where that thing is and what it is worth in a chart; at
+a plural, how many there are. It knows nothing of tokens or of how questions are asked.
 """
 
 import re
@@ -44,9 +44,9 @@ def _tens(value: float, whole: float) -> int:
     return min(max(int(100 * value / whole + 0.5) // 10, 0), 10)
 
 
-def place_of(scene: Scene, box, value: int = UNKNOWN, count: int = UNKNOWN) -> Place:
-    """Tens of percent of the four edges of `box` (pixels), then `value` and `count` as they are."""
-    return (*(_tens(edge, scene.image.shape[0]) for edge in box), value, count)
+def place_of(scene: Scene, box, value: int = UNKNOWN) -> Place:
+    """Tens of percent of the four edges of `box` (pixels), `value` as it is, no count."""
+    return (*(_tens(edge, scene.image.shape[0]) for edge in box), value, UNKNOWN)
 
 
 def places(scene: Scene) -> dict[str, Place]:
@@ -61,7 +61,7 @@ def places(scene: Scene) -> dict[str, Place]:
         if words not in MASS and words == those[0].name:
             found[plural(words)] = (*NOWHERE[:5], min(len(those), MAX_COUNT))
         if len(those) == 1:
-            found[words] = place_of(scene, those[0].box, count=1)
+            found[words] = place_of(scene, those[0].box)
     if (chart := scene.chart) is not None:
         for label, value, region in zip(chart.labels, chart.values, chart.regions, strict=True):
             if label not in _COMMON:

@@ -90,6 +90,24 @@ def test_first_digits_of_a_box_weigh_most_and_its_units_least_but_not_those_of_a
     assert weights_of("The value is 47.")[1] == pytest.approx([1.0] * len(weights_of("The value is 47.")[0]))
 
 
+def test_answers_that_one_token_tells_weigh_more_and_the_same_token_for_token(encoder, art, monkeypatch):
+    turns = [("What is this?", "These are cats."), ("How many?", "There are 3 cats.")]
+    more = conversations.TASK_WEIGHTS["counting"]
+    plain, weighed = (encoder.encode(turns, None, turn_weights=weights).weights for weights in (None, [1.0, more]))
+    factors = (weighed / plain)[plain > 0]
+    ends = (plain > 0).nonzero().flatten()
+    first = int((ends.diff() > 1).nonzero()[0]) + 1  # labels of the first answer, up to the question between
+    assert (factors[:first] == 1).all() and factors[first:].tolist() == pytest.approx([more] * len(factors[first:]))
+
+    asked = [Question("naming", *turns[0], "cat"), Question("counting", *turns[1], "3")]
+    pixels = SimpleNamespace(pixel_values=[torch.zeros(3, 2, 2)])
+    monkeypatch.setattr(encoder.processor, "image_processor", lambda image, return_tensors: pixels, raising=False)
+    monkeypatch.setattr(conversations, "ask_all", lambda rng, scene, most: asked)
+    monkeypatch.setattr(conversations.art, "load", lambda folder: art)
+    drawn = Conversations(Path("unused"), "train", 0, 1, encoder)[0].weights
+    assert torch.equal(drawn[drawn > 0], weighed[weighed > 0])
+
+
 def test_quoted_text_is_spelled_and_nothing_else(encoder):
     ids = encoder.encode(TURNS, None).input_ids
     tokens = encoder.tokenizer.convert_ids_to_tokens(ids)

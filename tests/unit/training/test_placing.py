@@ -27,13 +27,13 @@ SCENE = Scene(IMAGE, (DOG, RED, BLUE))
 
 def test_a_place_is_the_tens_of_an_answer_in_percent():
     assert place_of(SCENE, DOG.box) == (1, 2, 4, 6, UNKNOWN, UNKNOWN)
-    assert place_of(SCENE, (0, 0, 199.9, 200), value=3, count=2) == (0, 0, 10, 10, 3, 2)
+    assert place_of(SCENE, (0, 0, 199.9, 200), value=3) == (0, 0, 10, 10, 3, UNKNOWN)
 
 
 def test_words_tell_a_place_only_if_they_pick_one_thing_out_and_plurals_tell_how_many():
     found = places(SCENE)
-    assert found["dog"] == place_of(SCENE, DOG.box, count=1)
-    assert found["red star"] == place_of(SCENE, RED.box, count=1)
+    assert found["dog"] == place_of(SCENE, DOG.box)
+    assert found["red star"] == place_of(SCENE, RED.box)
     assert "star" not in found  # there are two
     assert found["stars"] == (*NOWHERE[:5], 2) and found["dogs"][5] == 1
 
