@@ -80,28 +80,45 @@ class ExpertWeights4bit(nn.Module):
         """Values held, all experts together."""
         return self.num_experts * self.out_features * self.in_features
 
-    def dequantize(self, expert: int, dtype: torch.dtype, room: torch.Tensor | None = None) -> torch.Tensor:
-        """The weights of one expert, [out_features, in_features]. `room`: uint8 [bytes] to work in, if there is any."""
+    def dequantize(
+        self,
+        expert: int,
+        dtype: torch.dtype,
+        room: torch.Tensor | None = None,
+        maxima: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The weights of one expert, [out_features, in_features]. `room`: uint8 [bytes] to work in, `maxima`: float32
+        [num_experts, blocks], those of all experts; where there are any."""
         codes = self.weight[expert]
         if self.packed:
             codes = _turn(codes, self.in_features // 4, TILE, room)
-        return self._values(codes, self._block_maxima(expert), self.out_features, dtype)
+        maxima = self._block_maxima(expert) if maxima is None else maxima[expert]
+        return self._values(codes, maxima, self.out_features, dtype)
 
     def grouped(self, inputs: torch.Tensor, counts: list[int]) -> torch.Tensor:
         """`inputs` [rows, in_features] sorted by expert, `counts` rows for each: products [rows, out_features]."""
-        groups = zip(range(self.num_experts), inputs.split(counts), strict=True)
+        groups = [(expert, rows) for expert, rows in enumerate(inputs.split(counts)) if len(rows)]
         room = torch.empty_like(self.weight[0])
-        return torch.cat([self.linear(expert, rows, room) for expert, rows in groups if len(rows)])
+        # Most experts at once take half as long as each of them alone; a block must not reach into the next expert.
+        together = 2 * len(groups) > self.num_experts and self.absmax.shape[1] % NESTED_BLOCK == 0
+        maxima = self._block_maxima(slice(None)) if together else None
+        return torch.cat([self.linear(expert, rows, room, maxima) for expert, rows in groups])
 
-    def linear(self, expert: int, inputs: torch.Tensor, room: torch.Tensor | None = None) -> torch.Tensor:
-        """`inputs` [rows, in_features] times one expert: [rows, out_features]; `room` as in `dequantize`."""
+    def linear(
+        self,
+        expert: int,
+        inputs: torch.Tensor,
+        room: torch.Tensor | None = None,
+        maxima: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`inputs` [rows, in_features] times one expert: [rows, out_features]; the rest as in `dequantize`."""
         if inputs.device.type != "cpu":
-            return nn.functional.linear(inputs, self.dequantize(expert, inputs.dtype))
+            return nn.functional.linear(inputs, self.dequantize(expert, inputs.dtype, maxima=maxima))
         if len(inputs) <= FUSED_ROWS and self._fuses(inputs):
             self._pack()
             return self._fused(expert, inputs)
         # In this order oneDNN rearranges the few inputs instead of all weights, the other way being half as slow again.
-        return torch.mm(self.dequantize(expert, inputs.dtype, room), inputs.t()).t()
+        return torch.mm(self.dequantize(expert, inputs.dtype, room, maxima), inputs.t()).t()
 
     def each(self, experts: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
         """Row by row: `inputs` [rows, in_features] times the expert of the same row of `experts` int64 [rows].
@@ -116,12 +133,12 @@ class ExpertWeights4bit(nn.Module):
         weights = weights.view(rows, self.out_features, self.in_features)
         return torch.bmm(weights, inputs[:, :, None])[:, :, 0]
 
-    def _block_maxima(self, expert: int) -> torch.Tensor:
-        """The maximum of every block of one expert, float32 [blocks]."""
-        steps, code = self.nested_absmax[expert], self.nested_code
+    def _block_maxima(self, experts: int | slice) -> torch.Tensor:
+        """The maximum of every block of one expert, float32 [blocks], or of several, [experts, blocks]."""
+        steps, code = self.nested_absmax[experts].flatten(), self.nested_code
         return bnb.dequantize_blockwise(
-            self.absmax[expert], absmax=steps, code=code, blocksize=NESTED_BLOCK
-        ).add_(self.offset[expert])
+            self.absmax[experts], absmax=steps, code=code, blocksize=NESTED_BLOCK
+        ).add_(self.offset[experts, None])
 
     def _values(self, codes: torch.Tensor, maxima: torch.Tensor, rows: int, dtype: torch.dtype) -> torch.Tensor:
         """What `codes` stand for, [rows, in_features], with the `maxima` of their blocks."""
@@ -199,7 +216,7 @@ def experts_forward(
     if not isinstance(up, ExpertWeights4bit):
         return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
     tokens, k = top_k_index.shape
-    experts, weights = top_k_index.flatten(), top_k_weights.flatten()
+    experts = top_k_index.flatten()
     copied = len(experts) * up.out_features * up.in_features * hidden_states.element_size()
     if hidden_states.device.type != "cpu" and len(experts) <= GATHERED and copied <= GATHERED_BYTES:
         outputs = _project(self, hidden_states.repeat_interleave(k, dim=0), experts, None)
@@ -208,7 +225,8 @@ def experts_forward(
         counts = experts.bincount(minlength=self.num_experts).tolist()
         outputs = _project(self, hidden_states.index_select(0, order // k), experts[order], counts)
         outputs = outputs.index_select(0, order.argsort())
-    return (outputs * weights[:, None]).view(tokens, k, -1).sum(dim=1).to(hidden_states.dtype)
+    weights = top_k_weights[:, None].to(outputs.dtype)
+    return torch.bmm(weights, outputs.view(tokens, k, -1))[:, 0].to(hidden_states.dtype)
 
 
 def _project(
