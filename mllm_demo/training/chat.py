@@ -79,11 +79,16 @@ def folder_of(options, stage: int) -> Path:
     return options.out / ("stage1" if stage == 1 else f"stage{stage}-{options.experts}")
 
 
+def parts_of(model: nn.Module) -> nn.Module:
+    """What holds `vision_tower`, `multi_modal_projector` and `language_model`, adapted or not."""
+    return (model.base_model.model if isinstance(model, PeftModel) else model).model
+
+
 def reader_of(model: nn.Module) -> nn.ModuleDict:
     """What turns the tower's maps into image tokens: its transformer layers, its norm and the connector."""
-    inner = model.base_model.model.model if isinstance(model, PeftModel) else model.model
-    tower = inner.vision_tower
-    return nn.ModuleDict({"context": tower.context, "norm": tower.norm, "connector": inner.multi_modal_projector})
+    parts = parts_of(model)
+    tower = parts.vision_tower
+    return nn.ModuleDict({"context": tower.context, "norm": tower.norm, "connector": parts.multi_modal_projector})
 
 
 def _end_of(folder: Path) -> dict:
@@ -123,7 +128,7 @@ def build(options, device: torch.device, rank: int) -> tuple[PeftModel, object, 
 
 def narrow(model: PeftModel, dtype: torch.dtype) -> None:
     """The language model and its experts compute in `dtype`; tower, reader and routers stay in float32."""
-    language_model = model.base_model.model.model.language_model
+    language_model = parts_of(model).language_model
     routers = {id(p) for n, p in model.named_parameters() if "router" in n}
     for parameter in language_model.parameters():
         if id(parameter) not in routers:
@@ -132,15 +137,15 @@ def narrow(model: PeftModel, dtype: torch.dtype) -> None:
 
 def see(model: PeftModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Input embeddings `[B, T, hidden]` with every image token replaced by what the connector says of its patch."""
-    inner = model.base_model.model.model
+    parts = parts_of(model)
     embeds = model.get_input_embeddings()(batch["input_ids"])
     if "pixel_values" not in batch:
         return embeds
     device = embeds.device.type
     with torch.autocast(device, torch.bfloat16, enabled=embeds.dtype == torch.bfloat16):
         with torch.no_grad():
-            maps = inner.vision_tower.joined(batch["pixel_values"].to(memory_format=torch.channels_last))
-        tokens = inner.multi_modal_projector(inner.vision_tower.norm(inner.vision_tower.context(maps)))
+            maps = parts.vision_tower.joined(batch["pixel_values"].to(memory_format=torch.channels_last))
+        tokens = parts.multi_modal_projector(parts.vision_tower.norm(parts.vision_tower.context(maps)))
     where = (batch["input_ids"] == model.config.image_token_id)[..., None]
     return embeds.masked_scatter(where, tokens.to(embeds.dtype))
 
@@ -148,7 +153,7 @@ def see(model: PeftModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 def hidden_states(model: PeftModel, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """What the language model's last layer, and its layer `PLACED`, say of every position, `[B, T, hidden]` each."""
     seen: dict[str, torch.Tensor] = {}
-    language_model = model.base_model.model.model.language_model
+    language_model = parts_of(model).language_model
     last = language_model.register_forward_hook(lambda m, a, output: seen.update(last=output.last_hidden_state))
     middle = language_model.layers[PLACED].register_forward_hook(lambda m, a, output: seen.update(middle=output))
     # The adapter follows whole forwards, so the model is called, but for one position's logits; named by index,
@@ -232,7 +237,7 @@ def main() -> None:
     if device.type == "cpu":
         model.base_model.model.set_attn_implementation("eager")  # the fused one is slow backwards there
     if options.compile:
-        for layer in model.base_model.model.model.language_model.layers:
+        for layer in parts_of(model).language_model.layers:
             layer.compile(dynamic=True)  # one graph for all layers, with and without the adapter
     adapter = [p for name, p in model.named_parameters() if p.requires_grad and "lora_" in name]
     place_head = PlaceHead(model.config.text_config.hidden_size).to(device)
@@ -267,9 +272,9 @@ def main() -> None:
     )  # fmt: skip
 
     weights = WEIGHTS | {"balance": BALANCE.get(options.stage, 0.0)}
-    rounding = Rounding(model.base_model.model.model.language_model)
+    rounding = Rounding(parts_of(model).language_model)
     model.train()
-    model.base_model.model.model.vision_tower.eval()
+    parts_of(model).vision_tower.eval()
     for batch in loader:
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * cosine(run.step, options.steps, 25)
