@@ -24,6 +24,7 @@ TITLES = {
     "stage1": "I: reader and single LoRA",
     "stage2-4": "II: experts copied, routers",
     "stage3-4": "III: four experts",
+    "more-4": "III, gone on",
     "stage2-1": "II, single LoRA",
     "stage3-1": "III, single LoRA",
 }

@@ -17,7 +17,7 @@ from torch.nn import functional
 from mllm_demo.training.concepts import UNKNOWN
 from mllm_demo.training.phrasings import PHRASINGS
 from mllm_demo.training.things import MAX_COUNT, Scene, Thing
-from mllm_demo.training.wording import MASS, plural
+from mllm_demo.training.wording import MASS, percent, plural
 
 TENS = 11  # 0 to 10 tens of a percent
 SIZES = (TENS,) * 5 + (MAX_COUNT + 1,)  # left, top, right, bottom, value, count
@@ -40,13 +40,9 @@ class Mark:
     before: bool = False
 
 
-def _tens(value: float, whole: float) -> int:
-    return min(max(int(100 * value / whole + 0.5) // 10, 0), 10)
-
-
 def place_of(scene: Scene, box, value: int = UNKNOWN) -> Place:
     """Tens of percent of the four edges of `box` (pixels), `value` as it is, no count."""
-    return (*(_tens(edge, scene.image.shape[0]) for edge in box), value, UNKNOWN)
+    return (*(percent(edge, scene.image.shape[0]) // 10 for edge in box), value, UNKNOWN)
 
 
 def places(scene: Scene) -> dict[str, Place]:
@@ -65,7 +61,7 @@ def places(scene: Scene) -> dict[str, Place]:
     if (chart := scene.chart) is not None:
         for label, value, region in zip(chart.labels, chart.values, chart.regions, strict=True):
             if label not in _COMMON:
-                found[label] = place_of(scene, region, _tens(value, chart.top))
+                found[label] = place_of(scene, region, percent(value, chart.top) // 10)
     return found
 
 

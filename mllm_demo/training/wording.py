@@ -48,9 +48,13 @@ def quoted(text: str) -> str:
     return f'"{text}"'
 
 
+def percent(value: float, whole: float) -> int:
+    return min(max(round(100 * float(value) / whole), 0), 100)
+
+
 def box_text(box, size: float) -> str:
     """`[x1, y1, x2, y2]` in percent of the picture."""
-    return "[{}, {}, {}, {}]".format(*(min(max(round(100 * float(v) / size), 0), 100) for v in box))
+    return "[{}, {}, {}, {}]".format(*(percent(edge, size) for edge in box))
 
 
 # Every form in which a reply may say a name → the name.
