@@ -5,6 +5,7 @@
     python -m mllm_demo.training.chat --stage 3 --steps 400                # experts on the full mixture
     python -m mllm_demo.training.chat --stage 3 --export                   # writes the shipped files, or those --to
     python -m mllm_demo.training.chat --stage 3 --init assets/bundled --out runs/more --seed 1  # from what is shipped
+    python -m mllm_demo.training.chat --stage 3 --init assets/bundled --out runs/more --export --blend 0.5  # half-way
     torchrun --nproc-per-node 2 -m mllm_demo.training.chat --threads 1 ... # one process a core, gradients averaged
 
 `--experts 1` in stages 2 and 3 goes on with a single LoRA of the same active rank, for comparison. Every other step is
@@ -222,10 +223,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/chat"))
     parser.add_argument("--compile", action="store_true", help="a third faster on a CPU with a C++ compiler")
     parser.add_argument("--export", action="store_true", help="only write the shipped files from the last checkpoint")
+    parser.add_argument("--blend", type=float, default=1.0, help="of --export: how far from what --init held, 0 to 1")
     parser.add_argument("--to", type=Path, default=ASSETS, help="the folder that --export writes")
     options = parser.parse_args()
     if options.init and options.stage != 3:
         parser.error("--init goes on with a whole model, which is stage 3; leave it out or choose --stage 3.")
+    if options.blend != 1.0 and not (options.init and options.export and 0.0 <= options.blend < 1.0):
+        parser.error("--blend is a share from 0 to 1 of the way from --init to what --export writes; give all three.")
     torch.set_num_threads(options.threads)
     rank, world = join_processes()
     device = resolve_device("auto")
@@ -244,6 +248,7 @@ def main() -> None:
     if options.stage > 1 and not options.init:
         place_head.load_state_dict(_end_of(folder_of(options, options.stage - 1))["places"])
     masters = Masters([*adapter, *reader.parameters()])
+    initial = [copy.detach().clone() for copy in masters.copies] if options.blend < 1.0 else []
     copies, beside = list(masters.copies), list(place_head.parameters())
     rates = (options.lr, options.reader_lr, PLACE_LR)
     groups = (copies[: len(adapter)], copies[len(adapter) :], beside)
@@ -253,6 +258,7 @@ def main() -> None:
     run = Run(folder, parts, options.steps, options.batch_size, rank)
     if options.export:
         model.float()
+        masters.blend(initial, options.blend)
         masters.give_back()
         export(model, options.to)
         return

@@ -71,6 +71,13 @@ class Masters:
             parameter.grad = None
 
     @torch.no_grad()
+    def blend(self, others: list[torch.Tensor], share: float) -> None:
+        """Moves the copies to `share` of the way from `others`, where there are any, to themselves. Weights half-way
+        between two ends of one training are often better than both (Wortsman et al., arXiv:2109.01903)."""
+        if others:
+            torch._foreach_lerp_(list(self.copies), others, 1.0 - share)
+
+    @torch.no_grad()
     def give_back(self) -> None:
         """Writes the copies into the model."""
         torch._foreach_copy_(self.parameters, list(self.copies))

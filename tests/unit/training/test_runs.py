@@ -64,6 +64,14 @@ def test_small_steps_are_not_lost_in_narrow_weights():
     assert weight.dtype == torch.bfloat16 and weight[0].item() == pytest.approx(1 - 8e-3, abs=4e-3)
 
 
+def test_blended_masters_stand_on_the_way_from_where_others_are_and_stay_where_there_are_none():
+    masters = Masters([nn.Parameter(torch.tensor([4.0, 8.0]))])
+    masters.blend([], 0.5)
+    assert masters.copies[0].tolist() == [4.0, 8.0]
+    masters.blend([torch.tensor([0.0, 4.0])], 0.25)
+    assert masters.copies[0].tolist() == [1.0, 5.0]
+
+
 def test_the_learning_rate_rises_and_falls():
     rates = [cosine(step, 100, 10) for step in range(101)]
     assert rates[0] < rates[5] < max(rates) <= 1 and rates[100] == pytest.approx(0.02)
