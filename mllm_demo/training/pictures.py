@@ -65,7 +65,7 @@ def curves(folder: Path) -> Figure:
                 axis.plot(*zip(*points, strict=True), style, color=f"C{index}", label=TITLES[name])
         axis.set(xlabel="step", title=LABELS[quantity], yscale="log" if quantity != "balance" else "linear")
         for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-            ticks(lambda value, position: f"{value:.2g}")
+            ticks(lambda value, position: f"{value:.3g}")
         axis.tick_params(axis="y", which="both", labelsize="x-small")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize="x-small", frameon=False)
