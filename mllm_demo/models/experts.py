@@ -8,7 +8,6 @@ selects. It knows nothing of checkpoints or of how a model is loaded.
 
 import math
 
-import numpy as np
 import torch
 from bitsandbytes import functional as bnb
 from torch import nn
@@ -80,45 +79,42 @@ class ExpertWeights4bit(nn.Module):
         """Values held, all experts together."""
         return self.num_experts * self.out_features * self.in_features
 
-    def dequantize(
-        self,
-        expert: int,
-        dtype: torch.dtype,
-        room: torch.Tensor | None = None,
-        maxima: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """The weights of one expert, [out_features, in_features]. `room`: uint8 [bytes] to work in, `maxima`: float32
-        [num_experts, blocks], those of all experts; where there are any."""
+    def dequantize(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
+        """The weights of one expert, [out_features, in_features]."""
         codes = self.weight[expert]
         if self.packed:
-            codes = _turn(codes, self.in_features // 4, TILE, room)
-        maxima = self._block_maxima(expert) if maxima is None else maxima[expert]
-        return self._values(codes, maxima, self.out_features, dtype)
+            codes = self._regrouped(_transposed(codes, self.in_features // 4, 2 * TILE), 2)
+        return self._values(codes, self._block_maxima(expert), self.out_features, dtype)
 
     def grouped(self, inputs: torch.Tensor, counts: list[int]) -> torch.Tensor:
         """`inputs` [rows, in_features] sorted by expert, `counts` rows for each: products [rows, out_features]."""
+        maxima = self.maxima_of(counts)
         groups = [(expert, rows) for expert, rows in enumerate(inputs.split(counts)) if len(rows)]
-        room = torch.empty_like(self.weight[0])
-        # Most experts at once take half as long as each of them alone; a block must not reach into the next expert.
-        together = 2 * len(groups) > self.num_experts and self.absmax.shape[1] % NESTED_BLOCK == 0
-        maxima = self._block_maxima(slice(None)) if together else None
-        return torch.cat([self.linear(expert, rows, room, maxima) for expert, rows in groups])
+        return torch.cat([self.linear(expert, rows, maxima) for expert, rows in groups])
 
-    def linear(
-        self,
-        expert: int,
-        inputs: torch.Tensor,
-        room: torch.Tensor | None = None,
-        maxima: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """`inputs` [rows, in_features] times one expert: [rows, out_features]; the rest as in `dequantize`."""
+    def maxima_of(self, counts: list[int]) -> torch.Tensor | None:
+        """The maxima of the blocks of all experts for `linear`, float32 [num_experts, blocks]; None where most of them
+        have no rows of `counts`, or a block of maxima would reach into the next expert."""
+        # Of most experts at once they take half as long as of each of them alone.
+        together = 2 * sum(map(bool, counts)) > self.num_experts and self.absmax.shape[1] % NESTED_BLOCK == 0
+        return self._block_maxima(slice(None)) if together else None
+
+    def linear(self, expert: int, inputs: torch.Tensor, maxima: torch.Tensor | None = None) -> torch.Tensor:
+        """`inputs` [rows, in_features] times one expert: [rows, out_features]. `maxima`: what `maxima_of` gave."""
+        of_expert = self._block_maxima(expert) if maxima is None else maxima[expert]
         if inputs.device.type != "cpu":
-            return nn.functional.linear(inputs, self.dequantize(expert, inputs.dtype, maxima=maxima))
+            weights = self._values(self.weight[expert], of_expert, self.out_features, inputs.dtype)
+            return nn.functional.linear(inputs, weights)
         if len(inputs) <= FUSED_ROWS and self._fuses(inputs):
             self._pack()
-            return self._fused(expert, inputs)
+            return self._fused(expert, inputs, of_expert)
+        if self.packed:
+            weights, columns = self._in_halves(expert, of_expert, inputs)
+        else:
+            weights = self._values(self.weight[expert], of_expert, self.out_features, inputs.dtype)
+            columns = inputs.t()
         # In this order oneDNN rearranges the few inputs instead of all weights, the other way being half as slow again.
-        return torch.mm(self.dequantize(expert, inputs.dtype, room, maxima), inputs.t()).t()
+        return torch.mm(weights, columns).t()
 
     def each(self, experts: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
         """Row by row: `inputs` [rows, in_features] times the expert of the same row of `experts` int64 [rows].
@@ -140,47 +136,68 @@ class ExpertWeights4bit(nn.Module):
             self.absmax[experts], absmax=steps, code=code, blocksize=NESTED_BLOCK
         ).add_(self.offset[experts, None])
 
-    def _values(self, codes: torch.Tensor, maxima: torch.Tensor, rows: int, dtype: torch.dtype) -> torch.Tensor:
+    def _values(
+        self, codes: torch.Tensor, maxima: torch.Tensor, rows: int, dtype: torch.dtype, block: int = BLOCK
+    ) -> torch.Tensor:
         """What `codes` stand for, [rows, in_features], with the `maxima` of their blocks."""
         return torch.ops.bitsandbytes.dequantize_4bit(
-            codes.flatten(), maxima, BLOCK, self.quant_type, (rows, self.in_features), dtype
+            codes.flatten(), maxima, block, self.quant_type, (rows, self.in_features), dtype
         )
 
     # The fused CPU kernel (AVX512-BF16) reads bytes of two rows, low and high, in tiles of 32 rows and 2 columns. Ours
     # hold two columns of one row. So it is shown a matrix of twice the rows and half the columns, one row for the odd
     # and one for the even columns of each of ours, and given odd and even inputs as two rows; of the four products two
-    # are wanted. Then its layout differs from the usual one by a transposition of 16-bit words, which is cheap to undo
-    # when many rows make unpacking the better way.
+    # are wanted. Which bytes of a block stand side by side in a tile is free: here one of its first and one of its
+    # second half. Then the bytes of a tile, transposed, are rows of all first and then all second halves, and unpack
+    # to what many inputs in that order are multiplied with.
 
     def _fuses(self, inputs: torch.Tensor) -> bool:
         fits = self.out_features % TILE == 0 and self.in_features % BLOCK == 0
         inference = not (torch.is_grad_enabled() and inputs.requires_grad)
         return fits and inference and inputs.dtype == torch.bfloat16 and bool(bnb.has_avx512bf16())
 
-    def _fused(self, expert: int, inputs: torch.Tensor) -> torch.Tensor:
-        tiles = self.out_features // TILE
-        halves = inputs.view(len(inputs), -1, 2).mT.contiguous().flatten(0, 1)  # (even, odd .., half)
-        maxima = self._block_maxima(expert).bfloat16().view(tiles, 1, TILE, -1).expand(-1, 2, -1, -1)
+    def _fused(self, expert: int, inputs: torch.Tensor, maxima: torch.Tensor) -> torch.Tensor:
+        tiles, blocks = self.out_features // TILE, self.in_features // BLOCK
+        halves = inputs.view(len(inputs), blocks, 2, BLOCK // 4, 2).permute(0, 4, 1, 3, 2)  # (.., parity, .., half)
+        of_tiles = _transposed(maxima, self.out_features, blocks).bfloat16().view(blocks, tiles, TILE)
         products = torch.ops.bitsandbytes.gemv_4bit(
-            halves,
+            halves.reshape(2 * len(inputs), -1),
             self.weight[expert],
             (2 * self.out_features, self.in_features // 2),
-            maxima.reshape(2 * self.out_features, -1).t().contiguous(),
+            torch.cat((of_tiles, of_tiles), dim=2).flatten(1),
             self.code,
             BLOCK // 2,
         ).view(len(inputs), 2, tiles, 2, TILE)  # (row, even or odd input, tile, odd or even column, row of the tile)
         return (products[:, 0, :, 1] + products[:, 1, :, 0]).flatten(1)
 
+    def _in_halves(
+        self, expert: int, maxima: torch.Tensor, inputs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights [out_features, in_features] and inputs [in_features, rows], all first halves of blocks first."""
+        codes = _transposed(self.weight[expert], self.in_features // 4, 2 * TILE)
+        of_rows = maxima.view(self.out_features, -1)
+        twice = torch.cat((of_rows, of_rows), dim=1)
+        weights = self._values(codes, twice, self.out_features, inputs.dtype, BLOCK // 2)
+        if inputs.t().is_contiguous():
+            return weights, inputs.t().view(-1, 2, BLOCK // 2, len(inputs)).transpose(0, 1).flatten(0, 2)
+        return weights, inputs.view(len(inputs), -1, 2, BLOCK // 2).transpose(1, 2).flatten(1).t()
+
+    def _regrouped(self, codes: torch.Tensor, groups: int) -> torch.Tensor:
+        """In every row of one expert, half blocks in `groups` groups, one of each in turn: as many groups of others."""
+        pieces = codes.view(torch.complex128).view(self.out_features, groups, -1)  # as wide as half a block
+        return pieces.transpose(1, 2).flatten().view(torch.uint8)
+
     def _pack(self) -> None:
         if not self.packed:
             for codes in self.weight:
-                codes.copy_(_turn(codes, TILE, self.in_features // 4))
+                halves = self._regrouped(codes, self.in_features // BLOCK)
+                codes.copy_(_transposed(halves, 2 * TILE, self.in_features // 4))
             self.packed = True
 
     def _unpack(self) -> None:
         if self.packed:
             for codes in self.weight:
-                codes.copy_(_turn(codes, self.in_features // 4, TILE))
+                codes.copy_(self._regrouped(_transposed(codes, self.in_features // 4, 2 * TILE), 2))
             self.packed = False
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
@@ -195,13 +212,11 @@ class ExpertWeights4bit(nn.Module):
         return f"{self.num_experts}, {self.out_features}, {self.in_features}, {self.quant_type}"
 
 
-def _turn(codes: torch.Tensor, rows: int, columns: int, room: torch.Tensor | None = None) -> torch.Tensor:
-    """Transposes every [rows, columns] of 16-bit words in the bytes `codes`, on the CPU and into `room` if given."""
-    words = codes.view(torch.int16).view(-1, rows, columns).transpose(1, 2).numpy()
-    turned = torch.empty_like(codes) if room is None else room
-    # NumPy moves single words a sixth faster than PyTorch.
-    np.copyto(turned.view(torch.int16).numpy().reshape(words.shape), words)
-    return turned
+def _transposed(values: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """Every matrix [rows, columns] of those that `values` are one after the other, transposed; flat."""
+    # PyTorch transposes bytes with vectors in this operator alone.
+    channels = values.view(-1, 1, 1, rows * columns).permute(0, 3, 1, 2)
+    return torch.channel_shuffle(channels, rows).permute(0, 2, 3, 1).flatten()
 
 
 def experts_forward(
@@ -233,16 +248,23 @@ def _project(
     module: nn.Module, inputs: torch.Tensor, experts: torch.Tensor, counts: list[int] | None
 ) -> torch.Tensor:
     """Up, gate and down of `inputs` [rows, hidden], each row by its expert; sorted, with `counts` rows for each."""
-
-    def multiply(weights: ExpertWeights4bit, rows: torch.Tensor) -> torch.Tensor:
-        return weights.each(experts, rows) if counts is None else weights.grouped(rows, counts)
-
     name = "gate_up_proj" if module.has_gate else "up_proj"
-    inner = multiply(getattr(module, name), inputs)
-    if module.has_bias:
-        inner = inner + getattr(module, f"{name}_bias")[experts]
-    inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
-    outputs = multiply(module.down_proj, inner)
+    up, down = getattr(module, name), module.down_proj
+
+    def activated(inner: torch.Tensor, of: torch.Tensor | int) -> torch.Tensor:
+        inner = inner + getattr(module, f"{name}_bias")[of] if module.has_bias else inner
+        return module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
+
+    if counts is None:
+        outputs = down.each(experts, activated(up.each(experts, inputs), experts))
+    else:
+        of_up, of_down, made = up.maxima_of(counts), down.maxima_of(counts), []
+        # Expert by expert: what is between two products stays in the cache.
+        for expert, rows in enumerate(inputs.split(counts)):
+            if len(rows):
+                inner = activated(up.linear(expert, rows, of_up), expert)
+                made.append(down.linear(expert, inner, of_down))
+        outputs = torch.cat(made)
     if module.has_bias:
         outputs = outputs + module.down_proj_bias[experts]
     return module.post_expert_norm(outputs) if module.has_post_expert_norm else outputs
