@@ -76,6 +76,9 @@ PHRASINGS = {
         "what is inside {box}", "Which thing is at {box}?", "Tell me what is inside the region {box}.",
     ),
     "reading": (
+        "What are the words in the picture?", "Could you read that to me?", "What stands there?",
+        "What has been written?", "What do you read in the photo?", "Which words does the picture show?",
+        "Transcribe the text.",
         "Spell out what is written.", "What is the written text?", "Which text is in the image?", "Can you read this?",
         "Tell me what the text says.", "Read out what you see.", "What do the letters say?",
         "What word or number is this?",
@@ -84,6 +87,8 @@ PHRASINGS = {
         "Read this.", "What does the image say?", "Please read what is written in the picture.",
     ),
     "largest": (
+        "Who comes first by value?", "Which {part} beats all the others?", "What is the name of the largest {part}?",
+        "Where is the most?", "What is the label of the highest {part}?",
         "Which {part} has the largest value?", "Where is the value highest?", "Which {part} is at the top?",
         "Name the largest {part}.", "What has the highest value?", "Which label is the greatest?",
         "Find the largest {part}.",
@@ -92,6 +97,8 @@ PHRASINGS = {
         "Name the {part} with the highest value.",
     ),
     "smallest": (
+        "Who comes last by value?", "Which {part} is below all the others?", "What is the name of the smallest {part}?",
+        "Where is the least?", "What is the label of the lowest {part}?",
         "Which {part} has the lowest value?", "Where is the value lowest?", "Which {part} is at the bottom?",
         "Name the smallest {part}.", "What has the lowest value?", "Which label is the least?",
         "Find the smallest {part}.",
@@ -100,6 +107,9 @@ PHRASINGS = {
         "Name the {part} with the lowest value.",
     ),
     "value": (
+        "What amount is shown for {label}?", "What does {label} come to?", "How many does {label} have?",
+        "What value do you read at {label}?", "What is drawn for {label}, as a number?", "{label}: what value?",
+        "According to the chart, how much is {label}?", "What figure does the picture show for {label}?",
         "Which value belongs to {label}?", "What number does {label} show?", "Give the value of {label}.",
         "What value does the chart show for {label}?", "Value of {label}?", "How large is {label}?",
         "What is {label} worth?",
@@ -109,6 +119,8 @@ PHRASINGS = {
         "Tell me the value of {label}.", "What does the chart give for {label}?",
     ),
     "comparison": (
+        "Is {label} above {second}?", "Is {label} ahead of {second}?", "Is {second} smaller than {label}?",
+        "Would you say that {label} is more than {second}?",
         "Does {label} have a larger value than {second}?", "Is {label} greater than {second}?",
         "Does {label} beat {second}?",
         "Is there more of {label} than of {second}?", "Compared with {second}, is {label} larger?",

@@ -1,0 +1,201 @@
+"""Between the stages: teaches the tokens of cells that hold several letters to show all of them, in their order.
+
+    python -m mllm_demo.training.letters --init assets/bundled --steps 600
+    python -m mllm_demo.training.letters --init assets/bundled --export --to runs/letters   # for `chat --init`
+
+Stage 0 has cells of one letter look, to the language model, like that letter, and leaves those of several letters to
+be worked out, which the language model never did: with two letters in any cell, 1 of 50 held-out words was read, else
+96 of 150. Here such a cell is to look like the sum of its letters, each counting `FAINTER` times the one before it,
+in the directions that tell letters, and like the token it was in all others; every other token is to stay as it is.
+Only the tower's transformer layers and the connector learn; the language model takes no part. It knows nothing of
+conversations.
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from mllm_demo.models.bundled.assembly import load_vision, save_vision
+from mllm_demo.models.bundled.weights import ADAPTER, ASSETS, VISION_FILE
+from mllm_demo.training import art
+from mllm_demo.training.base import build_model
+from mllm_demo.training.chat import reader_of
+from mllm_demo.training.concepts import LETTER_SLOTS, cell_targets, concept_embeddings
+from mllm_demo.training.lettering import CHARACTERS
+from mllm_demo.training.runs import Run, average_gradients, cosine, join_processes, leave_processes
+from mllm_demo.training.scenes import SPLITS, render
+
+FAINTER = 0.8
+MIX = {"text": 0.5, "chart": 0.4, "objects": 0.05, "shapes": 0.05}
+SHARPNESS = 20.0  # of the choice among letters by cosine
+WEIGHTS = {"kept": 1.0, "shown": 1.0, "told": 0.2}
+
+
+class Written(Dataset):
+    """Pictures, most of them with text, and the letters of every cell: int64 `[cells, LETTER_SLOTS]`, 0 for none."""
+
+    def __init__(self, art_folder: Path, split: str, seed: int, count: int, model, processor, start: int = 0):
+        self.art_folder, self.split, self.seed = art_folder, SPLITS[split], seed
+        self.count, self.start = count, start
+        self.image_processor = processor.image_processor
+        self.side = model.config.vision_config.side
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        index += self.start
+        kind = str(np.random.default_rng((self.seed, 79, index)).choice(list(MIX), p=list(MIX.values())))
+        scene = render(art.load(self.art_folder), self.split, self.seed, index, kind=kind)
+        pixels = self.image_processor(scene.image, return_tensors="pt").pixel_values[0]
+        return pixels, torch.from_numpy(cell_targets(scene, self.side).letters)
+
+
+class Letters:
+    """What tokens should be. `table` [letters, width]: the language model's embeddings of `CHARACTERS`."""
+
+    def __init__(self, table: torch.Tensor):
+        self.table = table
+        self.directions = torch.linalg.qr(table.T).Q  # [width, letters]
+        self.unit = functional.normalize(table, dim=-1)
+        self.weights = FAINTER ** torch.arange(LETTER_SLOTS, device=table.device, dtype=table.dtype)
+
+    def shares(self, letters: torch.Tensor) -> torch.Tensor:
+        """int64 `[cells, LETTER_SLOTS]` → how much each letter counts, `[cells, letters]`."""
+        slots = functional.one_hot(letters, 1 + len(CHARACTERS))[..., 1:].to(self.table)
+        return (self.weights[:, None] * slots).sum(1)
+
+    def wanted(self, former: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+        """`former` tokens `[cells, width]` with nothing but the letters of `shares` in the directions of letters."""
+        return former - former @ self.directions @ self.directions.T + shares @ self.table
+
+    def losses(self, tokens: torch.Tensor, former: torch.Tensor, letters: torch.Tensor) -> dict[str, torch.Tensor]:
+        """`tokens`, `former` `[cells, width]`: mean squared errors, in units of the embeddings' variance, of tokens to
+        be kept and of those that show several letters, and how far the latter are from telling which."""
+        several = (letters > 0).sum(-1) > 1
+        shares = self.shares(letters[several])
+        off = (tokens[several] - self.wanted(former[several], shares)).square().sum()
+        choice = functional.log_softmax(SHARPNESS * functional.normalize(tokens[several], dim=-1) @ self.unit.T, -1)
+        size = self.table.var() * tokens.shape[-1] * several.sum().clamp(min=1)
+        told = -(choice * shares / shares.sum(-1, keepdim=True)).sum() / several.sum().clamp(min=1)
+        kept = (tokens[~several] - former[~several]).square().mean() / self.table.var()
+        return {"kept": kept, "shown": off / size, "told": told}
+
+    def read(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The two letters that tokens show most, int64 `[cells, 2]`, counted as `CHARACTERS`."""
+        return (functional.normalize(tokens, dim=-1) @ self.unit.T).topk(2, -1).indices
+
+
+class Reader(nn.Module):
+    """What turns the tower's maps into image tokens, as one module."""
+
+    def __init__(self, parts: nn.ModuleDict):
+        super().__init__()
+        self.parts = parts
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        return self.parts["connector"](self.parts["norm"](self.parts["context"](maps))).float()
+
+
+@torch.no_grad()
+def accuracy(see, letters: Letters, batches: list) -> dict[str, float]:
+    """Shares of held-out cells: single letters shown most; both of two different ones shown most; in their order."""
+    hits: dict[str, list[torch.Tensor]] = {"single": [], "both": [], "in order": []}
+    for pixels, held in batches:
+        tokens, held = see(pixels)[0].flatten(0, 1), held.flatten(0, 1).to(letters.table.device)
+        count, shown = (held > 0).sum(-1), letters.read(tokens)
+        first, second = held[:, 0] - 1, held[:, 1] - 1
+        pair = (count == 2) & (first != second)
+        in_order = (shown[:, 0] == first) & (shown[:, 1] == second)
+        reverse = (shown[:, 0] == second) & (shown[:, 1] == first)
+        hits["single"].append((shown[:, 0] == first)[count == 1])
+        hits["both"].append((in_order | reverse)[pair])
+        hits["in order"].append(in_order[pair])
+    return {name: round(torch.cat(parts).float().mean().item(), 4) for name, parts in hits.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--init", type=Path, default=ASSETS, help="the model to go on with, as assets/bundled is")
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--batch-size", type=int, default=24, help="pictures a step, over all processes")
+    parser.add_argument("--lr", type=float, default=6e-4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw pictures, beside each that learns")
+    parser.add_argument("--every", type=int, default=100, help="steps between checkpoints")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--base", type=Path, default=Path("runs/base"))
+    parser.add_argument("--art", type=Path, default=Path("runs/art"))
+    parser.add_argument("--out", type=Path, default=Path("runs/letters-run"))
+    parser.add_argument("--export", action="store_true", help="only write a model from the last checkpoint")
+    parser.add_argument("--to", type=Path, default=Path("runs/letters"), help="the folder that --export writes")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    rank, world = join_processes()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(options.seed)
+    art.prepare(options.art)
+
+    model, processor = build_model(options.base)
+    load_vision(model, options.init / VISION_FILE.name)
+    words = concept_embeddings(model.get_input_embeddings().weight.detach(), processor.tokenizer)
+    letters = Letters(words[-len(CHARACTERS) :].to(device))
+    model.requires_grad_(False)
+    tower = model.model.vision_tower.to(device, memory_format=torch.channels_last)
+    reader = Reader(reader_of(model)).to(device)
+    former = {name: value.clone() for name, value in reader.state_dict().items()}
+    reader.requires_grad_(True)
+    learning = list(reader.parameters())
+    optimizer = torch.optim.AdamW(learning, lr=options.lr, weight_decay=0.0)
+    run = Run(options.out, {"reader": reader, "optimizer": optimizer}, options.steps, options.batch_size, rank)
+    if options.export:
+        shutil.copytree(options.init / ADAPTER.name, options.to / ADAPTER.name, dirs_exist_ok=True)
+        save_vision(model, options.to / VISION_FILE.name)
+        return
+
+    def see(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens as they are now and as they were, `[B, cells, width]` each."""
+        with torch.autocast(device.type, torch.bfloat16):
+            with torch.no_grad():
+                maps = tower.joined(pixels.to(device, memory_format=torch.channels_last))
+                as_were = functional_call(reader, former, (maps,))
+            return reader(maps), as_were
+
+    remaining = (options.steps - run.step) * options.batch_size
+    data = Written(
+        options.art, "train", options.seed, remaining, model, processor, run.step * options.batch_size
+    )  # fmt: skip
+    data = Subset(data, range(rank, len(data), world))
+    loader = DataLoader(data, options.batch_size // world, num_workers=options.workers, prefetch_factor=4)
+    held_out = Written(options.art, "held-out", 1, 144, model, processor)
+    held_out = list(DataLoader(held_out, 48, num_workers=options.workers)) if rank == 0 else []
+    model.eval()
+    if rank == 0 and not run.resumed:
+        run.log({"step": 0, "held-out": accuracy(see, letters, held_out)})
+    for pixels, held in loader:
+        for group in optimizer.param_groups:
+            group["lr"] = options.lr * cosine(run.step, options.steps, 25)
+        tokens, as_were = (values.flatten(0, 1) for values in see(pixels))
+        losses = letters.losses(tokens, as_were, held.flatten(0, 1).to(device))
+        sum(WEIGHTS[name] * loss for name, loss in losses.items()).backward()
+        average_gradients(learning)
+        nn.utils.clip_grad_norm_(learning, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        run.advance(dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True)))
+        if run.step % options.every == 0 or run.step == options.steps:
+            if rank == 0:
+                run.log({"step": run.step, "held-out": accuracy(see, letters, held_out)})
+            run.save()
+    leave_processes()
+
+
+if __name__ == "__main__":
+    main()

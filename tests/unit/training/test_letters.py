@@ -1,0 +1,57 @@
+"""Cells of several letters are to look like all of them, the first one most, and like what they were otherwise."""
+
+import torch
+
+from mllm_demo.training.concepts import LETTER_SLOTS
+from mllm_demo.training.lettering import CHARACTERS
+from mllm_demo.training.letters import FAINTER, Letters
+
+WIDTH = 96
+A, B = (1 + CHARACTERS.index(letter) for letter in "ab")
+
+
+def held(*letters: int) -> torch.Tensor:
+    return torch.tensor([[*letters, *[0] * (LETTER_SLOTS - len(letters))]])
+
+
+def made() -> Letters:
+    torch.manual_seed(0)
+    return Letters(torch.randn(len(CHARACTERS), WIDTH))
+
+
+def test_the_first_letter_counts_most_and_a_double_one_twice():
+    shares = made().shares(torch.cat((held(A, B), held(A, A), held())))
+    assert shares[0, A - 1] == 1 and shares[0, B - 1] == FAINTER and shares[0].sum() == 1 + FAINTER
+    assert shares[1, A - 1] == 1 + FAINTER and not shares[2].any()
+
+
+def test_what_is_wanted_differs_from_what_was_in_the_directions_of_letters_alone():
+    letters, former = made(), torch.randn(1, WIDTH)
+    wanted = letters.wanted(former, letters.shares(held(A, B)))
+    across = torch.eye(WIDTH) - letters.directions @ letters.directions.T
+    torch.testing.assert_close(wanted @ across, former @ across, atol=1e-4, rtol=1e-4)
+    # Solved for its letters, it holds these two and nothing else.
+    found = torch.linalg.lstsq(letters.table.T, (wanted @ (torch.eye(WIDTH) - across)).T).solution[:, 0]
+    torch.testing.assert_close(found, letters.shares(held(A, B))[0], atol=1e-3, rtol=1e-3)
+
+
+def test_a_cell_of_one_letter_is_kept_and_one_of_two_is_changed():
+    letters, former = made(), torch.randn(2, WIDTH)
+    cells = torch.cat((held(A), held(A, B)))
+    same = letters.losses(former, former, cells)
+    assert same["kept"] == 0 and same["shown"] > 0.1
+    wanted = torch.cat((former[:1], letters.wanted(former[1:], letters.shares(cells[1:]))))
+    there = letters.losses(wanted, former, cells)
+    assert there["kept"] == 0 and there["shown"] < 1e-6 and there["told"] < same["told"]
+
+
+def test_pictures_without_such_cells_are_no_reason_to_fail():
+    letters, former = made(), torch.randn(3, WIDTH)
+    losses = letters.losses(former + 0.1, former, torch.cat((held(), held(B), held())))
+    assert losses["kept"] > 0 and losses["shown"] == 0 and losses["told"] == 0
+
+
+def test_both_letters_are_read_from_what_is_wanted():
+    letters = made()
+    shown = letters.read(letters.wanted(torch.zeros(1, WIDTH), letters.shares(held(B, A))))
+    assert shown.tolist() == [[B - 1, A - 1]]
