@@ -15,47 +15,26 @@ import argparse
 import shutil
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 
 from mllm_demo.models.bundled.assembly import load_vision, save_vision
 from mllm_demo.models.bundled.weights import ADAPTER, ASSETS, VISION_FILE
 from mllm_demo.training import art
 from mllm_demo.training.base import build_model
 from mllm_demo.training.chat import reader_of
-from mllm_demo.training.concepts import LETTER_SLOTS, cell_targets, concept_embeddings
+from mllm_demo.training.concepts import LETTER_SLOTS, concept_embeddings
 from mllm_demo.training.lettering import CHARACTERS
-from mllm_demo.training.runs import Run, average_gradients, cosine, join_processes, leave_processes
-from mllm_demo.training.scenes import SPLITS, render
+from mllm_demo.training.runs import Run, add_flags, average_gradients, cosine, join_processes, leave_processes
+from mllm_demo.training.tower import Cells
 
 FAINTER = 0.8
 MIX = {"text": 0.5, "chart": 0.4, "objects": 0.05, "shapes": 0.05}
 SHARPNESS = 20.0  # of the choice among letters by cosine
 WEIGHTS = {"kept": 1.0, "shown": 1.0, "told": 0.2}
-
-
-class Written(Dataset):
-    """Pictures, most of them with text, and the letters of every cell: int64 `[cells, LETTER_SLOTS]`, 0 for none."""
-
-    def __init__(self, art_folder: Path, split: str, seed: int, count: int, model, processor, start: int = 0):
-        self.art_folder, self.split, self.seed = art_folder, SPLITS[split], seed
-        self.count, self.start = count, start
-        self.image_processor = processor.image_processor
-        self.side = model.config.vision_config.side
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        index += self.start
-        kind = str(np.random.default_rng((self.seed, 79, index)).choice(list(MIX), p=list(MIX.values())))
-        scene = render(art.load(self.art_folder), self.split, self.seed, index, kind=kind)
-        pixels = self.image_processor(scene.image, return_tensors="pt").pixel_values[0]
-        return pixels, torch.from_numpy(cell_targets(scene, self.side).letters)
 
 
 class Letters:
@@ -108,8 +87,8 @@ class Reader(nn.Module):
 def accuracy(see, letters: Letters, batches: list) -> dict[str, float]:
     """Shares of held-out cells: single letters shown most; both of two different ones shown most; in their order."""
     hits: dict[str, list[torch.Tensor]] = {"single": [], "both": [], "in order": []}
-    for pixels, held in batches:
-        tokens, held = see(pixels)[0].flatten(0, 1), held.flatten(0, 1).to(letters.table.device)
+    for pixels, target in batches:
+        tokens, held = see(pixels)[0].flatten(0, 1), target.letters.flatten(0, 1).to(letters.table.device)
         count, shown = (held > 0).sum(-1), letters.read(tokens)
         first, second = held[:, 0] - 1, held[:, 1] - 1
         pair = (count == 2) & (first != second)
@@ -124,16 +103,7 @@ def accuracy(see, letters: Letters, batches: list) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--init", type=Path, default=ASSETS, help="the model to go on with, as assets/bundled is")
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--batch-size", type=int, default=24, help="pictures a step, over all processes")
-    parser.add_argument("--lr", type=float, default=6e-4)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=1, help="processes that draw pictures, beside each that learns")
-    parser.add_argument("--every", type=int, default=100, help="steps between checkpoints")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--base", type=Path, default=Path("runs/base"))
-    parser.add_argument("--art", type=Path, default=Path("runs/art"))
-    parser.add_argument("--out", type=Path, default=Path("runs/letters-run"))
+    add_flags(parser, steps=600, batch_size=24, lr=6e-4, out=Path("runs/letters-run"))
     parser.add_argument("--export", action="store_true", help="only write a model from the last checkpoint")
     parser.add_argument("--to", type=Path, default=Path("runs/letters"), help="the folder that --export writes")
     options = parser.parse_args()
@@ -169,21 +139,19 @@ def main() -> None:
             return reader(maps), as_were
 
     remaining = (options.steps - run.step) * options.batch_size
-    data = Written(
-        options.art, "train", options.seed, remaining, model, processor, run.step * options.batch_size
-    )  # fmt: skip
+    data = Cells(options.art, "train", options.seed, remaining, model, processor, run.step * options.batch_size, MIX)
     data = Subset(data, range(rank, len(data), world))
     loader = DataLoader(data, options.batch_size // world, num_workers=options.workers, prefetch_factor=4)
-    held_out = Written(options.art, "held-out", 1, 144, model, processor)
+    held_out = Cells(options.art, "held-out", 1, 144, model, processor, kinds=MIX)
     held_out = list(DataLoader(held_out, 48, num_workers=options.workers)) if rank == 0 else []
     model.eval()
     if rank == 0 and not run.resumed:
         run.log({"step": 0, "held-out": accuracy(see, letters, held_out)})
-    for pixels, held in loader:
+    for pixels, target in loader:
         for group in optimizer.param_groups:
             group["lr"] = options.lr * cosine(run.step, options.steps, 25)
         tokens, as_were = (values.flatten(0, 1) for values in see(pixels))
-        losses = letters.losses(tokens, as_were, held.flatten(0, 1).to(device))
+        losses = letters.losses(tokens, as_were, target.letters.flatten(0, 1).to(device))
         sum(WEIGHTS[name] * loss for name, loss in losses.items()).backward()
         average_gradients(learning)
         nn.utils.clip_grad_norm_(learning, 1.0)

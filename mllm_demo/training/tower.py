@@ -36,7 +36,7 @@ from mllm_demo.training.concepts import (
     concept_embeddings,
 )
 from mllm_demo.training.lettering import CHARACTERS
-from mllm_demo.training.runs import Run, average_gradients, cosine, join_processes, leave_processes
+from mllm_demo.training.runs import Run, add_flags, average_gradients, cosine, join_processes, leave_processes
 from mllm_demo.training.scenes import KINDS, SPLITS, render
 from mllm_demo.training.things import COLOURS, MAX_COUNT
 
@@ -44,11 +44,12 @@ FROZEN_STAGES = 3  # edges and textures: most of the backward cost, least to lea
 
 
 class Cells(Dataset):
-    """Pictures with what each of their cells should tell, ready for the tower."""
+    """Pictures with what each of their cells should tell, ready for the tower; `kinds`: how often each is drawn."""
 
     def __init__(
-        self, art_folder: Path, split: str, seed: int, count: int, model, processor, start: int = 0
+        self, art_folder: Path, split: str, seed: int, count: int, model, processor, start: int = 0, kinds=KINDS
     ):  # fmt: skip
+        self.kinds = kinds
         self.art_folder, self.split, self.seed = art_folder, SPLITS[split], seed
         self.count, self.start = count, start
         self.image_processor = processor.image_processor
@@ -59,7 +60,7 @@ class Cells(Dataset):
 
     def __getitem__(self, index: int):
         index += self.start
-        kind = str(np.random.default_rng((self.seed, 78, index)).choice(list(KINDS), p=list(KINDS.values())))
+        kind = str(np.random.default_rng((self.seed, 78, index)).choice(list(self.kinds), p=list(self.kinds.values())))
         scene = render(art.load(self.art_folder), self.split, self.seed, index, kind=kind)
         pixels = self.image_processor(scene.image, return_tensors="pt").pixel_values[0]
         return pixels, CellTargets(*(torch.from_numpy(array) for array in cell_targets(scene, self.side)))
@@ -168,16 +169,7 @@ def overlap(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=650)
-    parser.add_argument("--batch-size", type=int, default=48, help="pictures a step, over all processes")
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=1, help="processes that draw pictures, beside each that learns")
-    parser.add_argument("--every", type=int, default=100, help="steps between checkpoints")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, default=Path("runs/tower"))
-    parser.add_argument("--art", type=Path, default=Path("runs/art"))
-    parser.add_argument("--base", type=Path, default=Path("runs/base"))
+    add_flags(parser, steps=650, batch_size=48, lr=1e-3, out=Path("runs/tower"))
     parser.add_argument("--init", type=Path, help="start from this file of an earlier run, with a fresh optimizer")
     parser.add_argument("--freeze", type=int, default=FROZEN_STAGES, help="stages that stay as they are, of 7")
     parser.add_argument("--export", action="store_true", help=f"only write {TAUGHT_FILE.name} from the last checkpoint")
