@@ -83,7 +83,7 @@ class ExpertWeights4bit(nn.Module):
         """The weights of one expert, [out_features, in_features]."""
         codes = self.weight[expert]
         if self.packed:
-            codes = self._regrouped(_transposed(codes, self.in_features // 4, 2 * TILE), 2)
+            codes = self._plain(codes)
         return self._values(codes, self._block_maxima(expert), self.out_features, dtype)
 
     def grouped(self, inputs: torch.Tensor, counts: list[int]) -> torch.Tensor:
@@ -187,6 +187,10 @@ class ExpertWeights4bit(nn.Module):
         pieces = codes.view(torch.complex128).view(self.out_features, groups, -1)  # as wide as half a block
         return pieces.transpose(1, 2).flatten().view(torch.uint8)
 
+    def _plain(self, codes: torch.Tensor) -> torch.Tensor:
+        """Packed codes of one expert as bitsandbytes has them."""
+        return self._regrouped(_transposed(codes, self.in_features // 4, 2 * TILE), 2)
+
     def _pack(self) -> None:
         if not self.packed:
             for codes in self.weight:
@@ -197,7 +201,7 @@ class ExpertWeights4bit(nn.Module):
     def _unpack(self) -> None:
         if self.packed:
             for codes in self.weight:
-                codes.copy_(self._regrouped(_transposed(codes, self.in_features // 4, 2 * TILE), 2))
+                codes.copy_(self._plain(codes))
             self.packed = False
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
