@@ -7,23 +7,29 @@ selects. It knows nothing of checkpoints or of how a model is loaded.
 """
 
 import math
+from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from bitsandbytes import functional as bnb
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
+from mllm_demo.models import kernels
+
 IMPLEMENTATION = "experts_4bit"
 # QLoRA, section 3: one maximum for 64 weights, themselves in 8 bit with one maximum for 256 of them.
 BLOCK, NESTED_BLOCK = 64, 256
 # Rows of one expert up to which the fused CPU kernel is faster than unpacking the expert and multiplying: for 3.1
-# million weights it took 0.29 ms and 0.15 ms a row, the other way 1.2 ms whatever the rows (one thread, AVX512-BF16).
-FUSED_ROWS = 6
+# million weights it took 0.8 ms for one row and 0.2 ms for each more, the other way 1.3 ms (one thread, AVX512-BF16).
+FUSED_ROWS = 3
 # Selected experts (tokens x experts a token) up to which a GPU copies them out instead of asking which they are,
 # and the bytes that their unpacked weights may take meanwhile.
 GATHERED, GATHERED_BYTES = 64, 2**27
 # The fused CPU kernel reads tiles of this many rows.
 TILE = 16
+# Experts whose maxima a CPU unpacks at once: of the shape above, what its cache holds.
+TOGETHER = 8
 
 
 class ExpertWeights4bit(nn.Module):
@@ -39,7 +45,7 @@ class ExpertWeights4bit(nn.Module):
         super().__init__()
         self.num_experts, self.out_features, self.in_features = num_experts, out_features, in_features
         self.quant_type = quant_type
-        self.packed = False
+        self.halved = False
         values = out_features * in_features
         blocks = math.ceil(values / BLOCK)
         shapes = {"weight": math.ceil(values / 2), "absmax": blocks}
@@ -82,37 +88,31 @@ class ExpertWeights4bit(nn.Module):
     def dequantize(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
         """The weights of one expert, [out_features, in_features]."""
         codes = self.weight[expert]
-        if self.packed:
-            codes = self._plain(codes)
-        return self._values(codes, self._block_maxima(expert), self.out_features, dtype)
+        if self.halved:
+            codes = self._regrouped(codes, 2)
+        return self._values(codes, self._block_maxima(slice(expert, expert + 1)), self.out_features, dtype)
 
     def grouped(self, inputs: torch.Tensor, counts: list[int]) -> torch.Tensor:
         """`inputs` [rows, in_features] sorted by expert, `counts` rows for each: products [rows, out_features]."""
-        maxima = self.maxima_of(counts)
+        room = Room(self, inputs, counts)
         groups = [(expert, rows) for expert, rows in enumerate(inputs.split(counts)) if len(rows)]
-        return torch.cat([self.linear(expert, rows, maxima) for expert, rows in groups])
+        return torch.cat([self.linear(expert, rows, room) for expert, rows in groups])
 
-    def maxima_of(self, counts: list[int]) -> torch.Tensor | None:
-        """The maxima of the blocks of all experts for `linear`, float32 [num_experts, blocks]; None where most of them
-        have no rows of `counts`, or a block of maxima would reach into the next expert."""
-        # Of most experts at once they take half as long as of each of them alone.
-        together = 2 * sum(map(bool, counts)) > self.num_experts and self.absmax.shape[1] % NESTED_BLOCK == 0
-        return self._block_maxima(slice(None)) if together else None
-
-    def linear(self, expert: int, inputs: torch.Tensor, maxima: torch.Tensor | None = None) -> torch.Tensor:
-        """`inputs` [rows, in_features] times one expert: [rows, out_features]. `maxima`: what `maxima_of` gave."""
-        of_expert = self._block_maxima(expert) if maxima is None else maxima[expert]
+    def linear(self, expert: int, inputs: torch.Tensor, room: "Room | None" = None) -> torch.Tensor:
+        """`inputs` [rows, in_features] times one expert: [rows, out_features]. `room`: where to unpack it."""
+        room = room or Room(self, inputs)
+        maxima = room.maxima(expert)
         if inputs.device.type != "cpu":
-            weights = self._values(self.weight[expert], of_expert, self.out_features, inputs.dtype)
+            weights = self._values(self.weight[expert], maxima, self.out_features, inputs.dtype)
             return nn.functional.linear(inputs, weights)
         if len(inputs) <= FUSED_ROWS and self._fuses(inputs):
-            self._pack()
-            return self._fused(expert, inputs, of_expert)
-        if self.packed:
-            weights, columns = self._in_halves(expert, of_expert, inputs)
-        else:
-            weights = self._values(self.weight[expert], of_expert, self.out_features, inputs.dtype)
-            columns = inputs.t()
+            self._halve()
+            return self._fused(expert, inputs, maxima)
+        block, columns = BLOCK, inputs.t()
+        if self.halved:
+            block, columns, maxima = BLOCK // 2, _halves_of(inputs), room.twice(maxima)
+        codes, where = self.weight[expert], room.weights(inputs)
+        weights = self._values(codes, maxima, self.out_features, inputs.dtype, block, where)
         # In this order oneDNN rearranges the few inputs instead of all weights, the other way being half as slow again.
         return torch.mm(weights, columns).t()
 
@@ -121,7 +121,7 @@ class ExpertWeights4bit(nn.Module):
 
         Nothing waits for the device; [rows, out_features, in_features] floats exist meanwhile.
         """
-        self._unpack()
+        self._restore()
         rows = len(experts)
         steps = self.nested_absmax[experts].repeat_interleave(NESTED_BLOCK, dim=1)[:, : self.absmax.shape[1]]
         maxima = self.nested_code[self.absmax[experts].int()] * steps + self.offset[experts, None]
@@ -129,91 +129,127 @@ class ExpertWeights4bit(nn.Module):
         weights = weights.view(rows, self.out_features, self.in_features)
         return torch.bmm(weights, inputs[:, :, None])[:, :, 0]
 
-    def _block_maxima(self, experts: int | slice) -> torch.Tensor:
-        """The maximum of every block of one expert, float32 [blocks], or of several, [experts, blocks]."""
-        steps, code = self.nested_absmax[experts].flatten(), self.nested_code
-        return bnb.dequantize_blockwise(
-            self.absmax[experts], absmax=steps, code=code, blocksize=NESTED_BLOCK
-        ).add_(self.offset[experts, None])
+    def _block_maxima(self, experts: slice) -> torch.Tensor:
+        """The maxima of the blocks of several experts, float32 [experts, blocks]; of more than one only where no block
+        of maxima reaches into the next expert."""
+        codes, steps = self.absmax[experts], self.nested_absmax[experts].flatten()
+        if codes.device.type == "cpu":
+            maxima = torch.empty(codes.shape)
+            kernels.dequantize_8bit(codes, steps, self.nested_code, NESTED_BLOCK, maxima)
+        else:
+            maxima = bnb.dequantize_blockwise(codes, absmax=steps, code=self.nested_code, blocksize=NESTED_BLOCK)
+        return maxima.add_(self.offset[experts, None])
 
     def _values(
-        self, codes: torch.Tensor, maxima: torch.Tensor, rows: int, dtype: torch.dtype, block: int = BLOCK
+        self,
+        codes: torch.Tensor,
+        maxima: torch.Tensor,
+        rows: int,
+        dtype: torch.dtype,
+        block: int = BLOCK,
+        room: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """What `codes` stand for, [rows, in_features], with the `maxima` of their blocks."""
-        return torch.ops.bitsandbytes.dequantize_4bit(
-            codes.flatten(), maxima, block, self.quant_type, (rows, self.in_features), dtype
-        )
+        """What `codes` stand for, [rows, in_features], with the `maxima` of their blocks; in `room`, if any."""
+        if codes.device.type != "cpu":
+            shape = (rows, self.in_features)
+            return torch.ops.bitsandbytes.dequantize_4bit(codes.flatten(), maxima, block, self.quant_type, shape, dtype)
+        values = torch.empty(rows, self.in_features, dtype=dtype) if room is None else room
+        kernels.dequantize_4bit(codes.flatten(), maxima, block, self.quant_type, values)
+        return values
 
     # The fused CPU kernel (AVX512-BF16) reads bytes of two rows, low and high, in tiles of 32 rows and 2 columns. Ours
     # hold two columns of one row. So it is shown a matrix of twice the rows and half the columns, one row for the odd
     # and one for the even columns of each of ours, and given odd and even inputs as two rows; of the four products two
     # are wanted. Which bytes of a block stand side by side in a tile is free: here one of its first and one of its
-    # second half. Then the bytes of a tile, transposed, are rows of all first and then all second halves, and unpack
-    # to what many inputs in that order are multiplied with.
+    # second half. So once a block of experts was asked for few rows it is kept halved: in every row all first and then
+    # all second halves, which unpack to what many inputs in that order are multiplied with, and whose tiles are the
+    # bytes of 16 rows transposed.
 
     def _fuses(self, inputs: torch.Tensor) -> bool:
         fits = self.out_features % TILE == 0 and self.in_features % BLOCK == 0
         inference = not (torch.is_grad_enabled() and inputs.requires_grad)
-        return fits and inference and inputs.dtype == torch.bfloat16 and bool(bnb.has_avx512bf16())
+        return fits and inference and kernels.multiplies(self.quant_type, inputs)
 
     def _fused(self, expert: int, inputs: torch.Tensor, maxima: torch.Tensor) -> torch.Tensor:
         tiles, blocks = self.out_features // TILE, self.in_features // BLOCK
         halves = inputs.view(len(inputs), blocks, 2, BLOCK // 4, 2).permute(0, 4, 1, 3, 2)  # (.., parity, .., half)
         of_tiles = _transposed(maxima, self.out_features, blocks).bfloat16().view(blocks, tiles, TILE)
-        products = torch.ops.bitsandbytes.gemv_4bit(
-            halves.reshape(2 * len(inputs), -1),
-            self.weight[expert],
-            (2 * self.out_features, self.in_features // 2),
-            torch.cat((of_tiles, of_tiles), dim=2).flatten(1),
-            self.code,
+        products = kernels.gemv_4bit(
+            halves.reshape(2 * len(inputs), -1).contiguous(),
+            _transposed(self.weight[expert], 2 * TILE, self.in_features // 4),
+            torch.cat((of_tiles, of_tiles), dim=2),
             BLOCK // 2,
+            self.quant_type,
+            2 * self.out_features,
         ).view(len(inputs), 2, tiles, 2, TILE)  # (row, even or odd input, tile, odd or even column, row of the tile)
         return (products[:, 0, :, 1] + products[:, 1, :, 0]).flatten(1)
-
-    def _in_halves(
-        self, expert: int, maxima: torch.Tensor, inputs: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights [out_features, in_features] and inputs [in_features, rows], all first halves of blocks first."""
-        codes = _transposed(self.weight[expert], self.in_features // 4, 2 * TILE)
-        of_rows = maxima.view(self.out_features, -1)
-        twice = torch.cat((of_rows, of_rows), dim=1)
-        weights = self._values(codes, twice, self.out_features, inputs.dtype, BLOCK // 2)
-        if inputs.t().is_contiguous():
-            return weights, inputs.t().view(-1, 2, BLOCK // 2, len(inputs)).transpose(0, 1).flatten(0, 2)
-        return weights, inputs.view(len(inputs), -1, 2, BLOCK // 2).transpose(1, 2).flatten(1).t()
 
     def _regrouped(self, codes: torch.Tensor, groups: int) -> torch.Tensor:
         """In every row of one expert, half blocks in `groups` groups, one of each in turn: as many groups of others."""
         pieces = codes.view(torch.complex128).view(self.out_features, groups, -1)  # as wide as half a block
         return pieces.transpose(1, 2).flatten().view(torch.uint8)
 
-    def _plain(self, codes: torch.Tensor) -> torch.Tensor:
-        """Packed codes of one expert as bitsandbytes has them."""
-        return self._regrouped(_transposed(codes, self.in_features // 4, 2 * TILE), 2)
-
-    def _pack(self) -> None:
-        if not self.packed:
+    def _halve(self) -> None:
+        if not self.halved:
             for codes in self.weight:
-                halves = self._regrouped(codes, self.in_features // BLOCK)
-                codes.copy_(_transposed(halves, 2 * TILE, self.in_features // 4))
-            self.packed = True
+                codes.copy_(self._regrouped(codes, self.in_features // BLOCK))
+            self.halved = True
 
-    def _unpack(self) -> None:
-        if self.packed:
+    def _restore(self) -> None:
+        """Codes in bitsandbytes' order."""
+        if self.halved:
             for codes in self.weight:
-                codes.copy_(self._plain(codes))
-            self.packed = False
+                codes.copy_(self._regrouped(codes, 2))
+            self.halved = False
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
-        self._unpack()
+        self._restore()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _apply(self, fn, recurse=True):
-        self._unpack()
+        self._restore()
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         return f"{self.num_experts}, {self.out_features}, {self.in_features}, {self.quant_type}"
+
+
+class Room:
+    """Memory that the experts of one projection share while they are unpacked one after the other.
+
+    `counts` says how many rows of `inputs` [rows, in_features] each of them will be multiplied with.
+    """
+
+    def __init__(self, held: ExpertWeights4bit, inputs: torch.Tensor, counts: Sequence[int] = ()) -> None:
+        # Maxima of several experts at once take half as long as of each of them alone.
+        several = 2 * sum(map(bool, counts)) > held.num_experts and held.absmax.shape[1] % NESTED_BLOCK == 0
+        together = TOGETHER if inputs.device.type == "cpu" else held.num_experts
+        self._window = together if several else 1
+        self._held, self._inputs, self._first = held, inputs, -1
+
+    def maxima(self, expert: int) -> torch.Tensor:
+        """The maxima of the blocks of an expert, float32 [blocks]."""
+        first = expert - expert % self._window
+        if first != self._first:
+            self._first, self._maxima = first, self._held._block_maxima(slice(first, first + self._window))
+        return self._maxima[expert - first]
+
+    def twice(self, maxima: torch.Tensor) -> torch.Tensor:
+        """`maxima` of one expert for half blocks in halved order, [out_features, half blocks], until the next call."""
+        of_rows = maxima.view(self._held.out_features, -1)
+        return torch.cat((of_rows, of_rows), dim=1, out=self._twice)
+
+    @cached_property
+    def _twice(self) -> torch.Tensor:
+        return torch.empty(self._held.out_features, 2 * self._held.in_features // BLOCK)
+
+    def weights(self, inputs: torch.Tensor) -> torch.Tensor | None:
+        """[out_features, in_features] for one expert's weights; None where a gradient of `inputs` needs them kept."""
+        return None if torch.is_grad_enabled() and inputs.requires_grad else self._weights
+
+    @cached_property
+    def _weights(self) -> torch.Tensor:
+        return self._inputs.new_empty(self._held.out_features, self._held.in_features)
 
 
 def _transposed(values: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
@@ -221,6 +257,14 @@ def _transposed(values: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     # PyTorch transposes bytes with vectors in this operator alone.
     channels = values.view(-1, 1, 1, rows * columns).permute(0, 3, 1, 2)
     return torch.channel_shuffle(channels, rows).permute(0, 2, 3, 1).flatten()
+
+
+def _halves_of(inputs: torch.Tensor) -> torch.Tensor:
+    """`inputs` [rows, in_features] as columns [in_features, rows], all first halves of blocks before all second."""
+    columns, rows = inputs.t(), len(inputs)
+    if columns.is_contiguous():
+        return columns.view(-1, 2, BLOCK // 2, rows).transpose(0, 1).flatten(0, 2)
+    return inputs.view(rows, -1, 2, BLOCK // 2).transpose(1, 2).flatten(1).t()
 
 
 def experts_forward(
@@ -262,12 +306,13 @@ def _project(
     if counts is None:
         outputs = down.each(experts, activated(up.each(experts, inputs), experts))
     else:
-        of_up, of_down, made = up.maxima_of(counts), down.maxima_of(counts), []
+        made: list[torch.Tensor] = []
+        for_up, for_down = Room(up, inputs, counts), Room(down, inputs, counts)
         # Expert by expert: what is between two products stays in the cache.
         for expert, rows in enumerate(inputs.split(counts)):
             if len(rows):
-                inner = activated(up.linear(expert, rows, of_up), expert)
-                made.append(down.linear(expert, inner, of_down))
+                inner = activated(up.linear(expert, rows, for_up), expert)
+                made.append(down.linear(expert, inner, for_down))
         outputs = torch.cat(made)
     if module.has_bias:
         outputs = outputs + module.down_proj_bias[experts]

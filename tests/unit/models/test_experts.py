@@ -130,6 +130,19 @@ def test_bf16_output_is_that_of_the_unpacked_experts_to_bf16_rounding(kind, toke
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_after_single_tokens_is_read_as_before_them(kind):
+    experts_class, config = KINDS[kind]
+    ours, theirs = pair(randomly(experts_class(config()), torch.bfloat16))
+    inputs, one = routed(100, torch.bfloat16), routed(1, torch.bfloat16)
+    theirs.config._experts_implementation = "eager"
+    with torch.inference_mode():
+        exact = copy.deepcopy(theirs).double()(*(x if x.dtype == torch.int64 else x.double() for x in inputs))
+        before = off(ours(*inputs), exact)
+        ours(*one)
+        assert off(ours(*inputs), exact) < 1.5 * before < 0.02
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_float32_output_is_that_of_the_unpacked_experts(kind):
     experts_class, config = KINDS[kind]
     ours, theirs = pair(randomly(experts_class(config()), torch.float32))
@@ -183,9 +196,13 @@ def test_few_selected_experts_are_copied_out_without_asking_the_device_which(bou
         ours(*inputs)
 
 
-def test_gradients_reach_the_inputs_of_frozen_experts():
+@pytest.mark.parametrize("after", ["nothing", "single tokens"])
+def test_gradients_reach_the_inputs_of_frozen_experts(after):
     ours, theirs = pair(randomly(Qwen3VLMoeTextExperts(qwen().text_config), torch.bfloat16))
     theirs.config._experts_implementation = "eager"
+    if after == "single tokens":
+        with torch.inference_mode():
+            ours(*routed(1, torch.bfloat16))
     hidden, experts, weights = routed(6, torch.bfloat16)
     gradients = []
     for module in (ours, theirs):
