@@ -190,7 +190,7 @@ class FakeEngine:
             raise ZeroDivisionError("not for the eyes of people")
         if "fail" in question and not self.healed:
             raise GenerationError("the model ran out of memory while answering; ask with a smaller picture.")
-        answer = BOX_ANSWER if "where" in question else ANSWER * (40 if "slow" in question else 1)
+        answer = BOX_ANSWER if "where" in question else ANSWER * (120 if "slow" in question else 1)
         words = re.findall(r"\s?\S+", answer)[: sampling.max_new_tokens]
         text, reason, begun, said = "", "end", time.monotonic(), 0
         for i, word in enumerate(words):
