@@ -40,6 +40,7 @@ from mllm_demo.training.placing import UNKNOWN, PlaceHead
 from mllm_demo.training.runs import (
     Masters,
     Run,
+    add_flags,
     average_gradients,
     cosine,
     join_processes,
@@ -208,19 +209,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--stage", type=int, choices=(1, 2, 3), required=True)
     parser.add_argument("--experts", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--batch-size", type=int, default=8, help="pictures a step, over all processes")
-    parser.add_argument("--lr", type=float, default=1.5e-3)
+    add_flags(parser, steps=400, batch_size=8, lr=1.5e-3, every=50, out=Path("runs/chat"))
     parser.add_argument("--reader-lr", type=float, default=3e-4)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=1, help="processes that draw pictures, beside each that learns")
-    parser.add_argument("--every", type=int, default=50, help="steps between checkpoints")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--tower", type=Path, default=TAUGHT_FILE, help="what stage 0 taught")
     parser.add_argument("--init", type=Path, help="go on from a model in the layout of assets/bundled, in stage 3")
-    parser.add_argument("--base", type=Path, default=Path("runs/base"))
-    parser.add_argument("--art", type=Path, default=Path("runs/art"))
-    parser.add_argument("--out", type=Path, default=Path("runs/chat"))
     parser.add_argument("--compile", action="store_true", help="a third faster on a CPU with a C++ compiler")
     parser.add_argument("--export", action="store_true", help="only write the shipped files from the last checkpoint")
     parser.add_argument("--blend", type=float, default=1.0, help="of --export: how far from what --init held, 0 to 1")

@@ -20,14 +20,16 @@ from torch import nn
 from mllm_demo.errors import CheckpointError, SettingsError
 
 
-def add_flags(parser: argparse.ArgumentParser, *, steps: int, batch_size: int, lr: float, out: Path) -> None:
-    """The flags of a command that teaches the tower, with its own defaults."""
+def add_flags(
+    parser: argparse.ArgumentParser, *, steps: int, batch_size: int, lr: float, out: Path, every: int = 100
+) -> None:
+    """The flags of a command that trains, with its own defaults."""
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--batch-size", type=int, default=batch_size, help="pictures a step, over all processes")
     parser.add_argument("--lr", type=float, default=lr)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1, help="processes that draw pictures, beside each that learns")
-    parser.add_argument("--every", type=int, default=100, help="steps between checkpoints")
+    parser.add_argument("--every", type=int, default=every, help="steps between checkpoints")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=out)
     parser.add_argument("--art", type=Path, default=Path("runs/art"))
