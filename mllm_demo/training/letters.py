@@ -13,6 +13,7 @@ conversations.
 
 import argparse
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,9 +27,9 @@ from mllm_demo.models.bundled.weights import ADAPTER, ASSETS, VISION_FILE
 from mllm_demo.training import art
 from mllm_demo.training.base import build_model
 from mllm_demo.training.chat import reader_of
-from mllm_demo.training.concepts import LETTER_SLOTS, concept_embeddings
+from mllm_demo.training.concepts import LETTER_SLOTS, CellTargets, concept_embeddings
 from mllm_demo.training.lettering import CHARACTERS
-from mllm_demo.training.runs import Run, add_flags, average_gradients, cosine, join_processes, leave_processes
+from mllm_demo.training.runs import Run, add_flags, join_processes, leave_processes, teach
 from mllm_demo.training.tower import Cells
 
 FAINTER = 0.8
@@ -122,8 +123,7 @@ def main() -> None:
     reader = Reader(reader_of(model)).to(device)
     former = {name: value.clone() for name, value in reader.state_dict().items()}
     reader.requires_grad_(True)
-    learning = list(reader.parameters())
-    optimizer = torch.optim.AdamW(learning, lr=options.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(reader.parameters(), lr=options.lr, weight_decay=0.0)
     run = Run(options.out, {"reader": reader, "optimizer": optimizer}, options.steps, options.batch_size, rank)
     if options.export:
         shutil.copytree(options.init / ADAPTER.name, options.to / ADAPTER.name, dirs_exist_ok=True)
@@ -147,21 +147,13 @@ def main() -> None:
     model.eval()
     if rank == 0 and not run.resumed:
         run.log({"step": 0, "held-out": accuracy(see, letters, held_out)})
-    for pixels, target in loader:
-        for group in optimizer.param_groups:
-            group["lr"] = options.lr * cosine(run.step, options.steps, 25)
+
+    def losses_of(pixels: torch.Tensor, target: CellTargets) -> dict[str, torch.Tensor]:
         tokens, as_were = (values.flatten(0, 1) for values in see(pixels))
-        losses = letters.losses(tokens, as_were, target.letters.flatten(0, 1).to(device))
-        sum(WEIGHTS[name] * loss for name, loss in losses.items()).backward()
-        average_gradients(learning)
-        nn.utils.clip_grad_norm_(learning, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        run.advance(dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True)))
-        if run.step % options.every == 0 or run.step == options.steps:
-            if rank == 0:
-                run.log({"step": run.step, "held-out": accuracy(see, letters, held_out)})
-            run.save()
+        return letters.losses(tokens, as_were, target.letters.flatten(0, 1).to(device))
+
+    measured = partial(accuracy, see, letters, held_out)
+    teach(run, optimizer, loader, losses_of, measured, options, warmup=25, clip=1.0, weights=WEIGHTS)
     leave_processes()
 
 

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -210,3 +210,36 @@ class Run:
             print(dict(row), flush=True)
             with (self.folder / "log.jsonl").open("a") as log:
                 log.write(json.dumps(dict(row)) + "\n")
+
+
+def teach(
+    run: Run,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterable,
+    losses_of: Callable[..., dict[str, torch.Tensor]],
+    held_out: Callable[[], dict[str, float]],
+    options: argparse.Namespace,
+    *,
+    warmup: int,
+    clip: float,
+    weights: Mapping[str, float] | None = None,
+) -> None:
+    """The rest of a run: a step a batch, on the sum of `losses_of(*batch)`, each times its weight, if any.
+
+    Every `options.every` steps and at the end the first process logs `held_out()` and a checkpoint is written.
+    """
+    learning = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for batch in batches:
+        for group in optimizer.param_groups:
+            group["lr"] = options.lr * cosine(run.step, run.steps, warmup)
+        losses = losses_of(*batch)
+        sum(loss * (weights[name] if weights else 1) for name, loss in losses.items()).backward()
+        average_gradients(learning)
+        nn.utils.clip_grad_norm_(learning, clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        run.advance(dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True)))
+        if run.step % options.every == 0 or run.step == run.steps:
+            if run.rank == 0:
+                run.log({"step": run.step, "held-out": held_out()})
+            run.save()

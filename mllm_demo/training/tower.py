@@ -12,6 +12,7 @@ Resumes from `runs/tower/last.pt`; uses a GPU when there is one. It knows nothin
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ from mllm_demo.training.concepts import (
     concept_embeddings,
 )
 from mllm_demo.training.lettering import CHARACTERS
-from mllm_demo.training.runs import Run, add_flags, average_gradients, cosine, join_processes, leave_processes
+from mllm_demo.training.runs import Run, add_flags, join_processes, leave_processes, teach
 from mllm_demo.training.scenes import KINDS, SPLITS, render
 from mllm_demo.training.things import COLOURS, MAX_COUNT
 
@@ -215,20 +216,12 @@ def main() -> None:
     )  # fmt: skip
     held_out = list(held_out) if rank == 0 else []
     model.eval()  # batch statistics stay those of ImageNet
-    for pixels, target in loader:
-        for group in optimizer.param_groups:
-            group["lr"] = options.lr * cosine(run.step, options.steps, 50)
-        losses = heads(see(pixels), CellTargets(*(array.to(device) for array in target)))
-        sum(losses.values()).backward()
-        average_gradients(learning)
-        nn.utils.clip_grad_norm_(learning, 5.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        run.advance(dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True)))
-        if run.step % options.every == 0 or run.step == options.steps:
-            if rank == 0:
-                run.log({"step": run.step, "held-out": accuracy(see, heads, held_out, device)})
-            run.save()
+
+    def losses_of(pixels: torch.Tensor, target: CellTargets) -> dict[str, torch.Tensor]:
+        return heads(see(pixels), CellTargets(*(array.to(device) for array in target)))
+
+    measured = partial(accuracy, see, heads, held_out, device)
+    teach(run, optimizer, loader, losses_of, measured, options, warmup=50, clip=5.0)
     leave_processes()
 
 
