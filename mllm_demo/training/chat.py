@@ -13,8 +13,9 @@ made on the language model's weights rounded to NF4, so the adapter learns to li
 those of 16 bit alike.
 Beside the adapter learns the reader: the tower's transformer layers and the connector; the convolutions stay as they
 are. Loss: on answers, on drifting away from the language model's own speech where there is text alone, on not knowing
-where things are in the middle of the language model (see `placing`), and on unevenly used experts. Every stage resumes
-from its own `last.pt`. It knows nothing of evaluation.
+where things are in the middle of the language model (see `placing`), on image tokens from which stage 0's heads can no
+longer read letters, counts, values and ranks, and on unevenly used experts. Every stage resumes from its own `last.pt`.
+It knows nothing of evaluation.
 """
 
 import argparse
@@ -35,6 +36,7 @@ from mllm_demo.models.quantize import compute_dtype, resolve_device
 from mllm_demo.training import art
 from mllm_demo.training.adapters import lora_state, mixture, single_lora
 from mllm_demo.training.base import TAUGHT_FILE, build_model, read_taught
+from mllm_demo.training.concepts import CellTargets, concept_embeddings
 from mllm_demo.training.conversations import IGNORED, Conversations, Encoder, collate
 from mllm_demo.training.placing import UNKNOWN, PlaceHead
 from mllm_demo.training.runs import (
@@ -48,10 +50,11 @@ from mllm_demo.training.runs import (
     wait_for_others,
 )
 from mllm_demo.training.small_talk import texts
+from mllm_demo.training.tower import DENSE, DenseHeads
 
 # Weight of the balance loss: strong while the routers find their first division of labour, weak afterwards.
 BALANCE = {2: 0.05, 3: 0.01}
-WEIGHTS = {"answers": 1.0, "text": 3.0, "columns": 1.0, "rows": 0.25, "values": 0.5, "counts": 0.5}
+WEIGHTS = {"answers": 1.0, "text": 3.0, "columns": 1.0, "rows": 0.25, "values": 0.5, "counts": 0.5, "tokens": 0.5}
 PLACED = 20  # the language model's layer, of 30, after which places are asked for
 PLACE_LR = 2e-3
 
@@ -137,51 +140,56 @@ def narrow(model: PeftModel, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def see(model: PeftModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Input embeddings `[B, T, hidden]` with every image token replaced by what the connector says of its patch."""
+def see(model: PeftModel, pixels: torch.Tensor) -> torch.Tensor:
+    """`pixels [pictures, 3, H, W]` → what the connector says of every patch, `[pictures, patches, hidden]`."""
     parts = parts_of(model)
-    embeds = model.get_input_embeddings()(batch["input_ids"])
-    if "pixel_values" not in batch:
-        return embeds
-    device = embeds.device.type
-    with torch.autocast(device, torch.bfloat16, enabled=embeds.dtype == torch.bfloat16):
+    narrow = model.get_input_embeddings().weight.dtype == torch.bfloat16
+    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=narrow):
         with torch.no_grad():
-            maps = parts.vision_tower.joined(batch["pixel_values"].to(memory_format=torch.channels_last))
-        tokens = parts.multi_modal_projector(parts.vision_tower.norm(parts.vision_tower.context(maps)))
-    where = (batch["input_ids"] == model.config.image_token_id)[..., None]
-    return embeds.masked_scatter(where, tokens.to(embeds.dtype))
+            maps = parts.vision_tower.joined(pixels.to(memory_format=torch.channels_last))
+        return parts.multi_modal_projector(parts.vision_tower.norm(parts.vision_tower.context(maps)))
 
 
-def hidden_states(model: PeftModel, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the language model's last layer, and its layer `PLACED`, say of every position, `[B, T, hidden]` each."""
+def hidden_states(
+    model: PeftModel, batch: dict[str, torch.Tensor], tokens: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the language model's last layer, and its layer `PLACED`, say of every position, `[B, T, hidden]` each;
+    `tokens`: what `see` says of the batch's pictures, if it has any."""
+    embeds = model.get_input_embeddings()(batch["input_ids"])
+    if tokens is not None:
+        where = (batch["input_ids"] == model.config.image_token_id)[..., None]
+        embeds = embeds.masked_scatter(where, tokens.to(embeds.dtype))
     seen: dict[str, torch.Tensor] = {}
     language_model = parts_of(model).language_model
     last = language_model.register_forward_hook(lambda m, a, output: seen.update(last=output.last_hidden_state))
     middle = language_model.layers[PLACED].register_forward_hook(lambda m, a, output: seen.update(middle=output))
     # The adapter follows whole forwards, so the model is called, but for one position's logits; named by index,
     # because a slice would make the head copy its weights for every sequence.
-    first = torch.zeros(1, dtype=torch.long, device=batch["input_ids"].device)
+    first = torch.zeros(1, dtype=torch.long, device=embeds.device)
     with last, middle:
-        model(
-            inputs_embeds=see(model, batch), attention_mask=batch["attention_mask"], logits_to_keep=first,
-            use_cache=False,
-        )  # fmt: skip
+        model(inputs_embeds=embeds, attention_mask=batch["attention_mask"], logits_to_keep=first, use_cache=False)
     return seen["last"], seen["middle"]
 
 
-def losses_of(model: PeftModel, place_head: PlaceHead, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def losses_of(
+    model: PeftModel, place_head: PlaceHead, dense_heads: DenseHeads, batch: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """"answers": mean cross entropy over the tokens of answers, by their `weights`; "text": mean Kullback-Leibler
     divergence, over the tokens of text alone, of what the model says from what its language model says without the
-    adapter; what `place_head` says of places."""
+    adapter; what `place_head` says of places; "tokens": what `dense_heads` miss in image tokens."""
     head, is_text = model.get_output_embeddings(), batch["is_text"]
     if is_text.any():
         alone = {name: batch[name][is_text] for name in ("input_ids", "attention_mask")}
         read = alone["attention_mask"].bool()
         with torch.no_grad(), model.disable_adapter():
-            wanted = head(hidden_states(model, alone)[0][read]).float().log_softmax(-1)
-    hidden, middle = hidden_states(model, batch)
+            wanted = head(hidden_states(model, alone, None)[0][read]).float().log_softmax(-1)
+    tokens = see(model, batch["pixel_values"]) if "pixel_values" in batch else None
+    hidden, middle = hidden_states(model, batch, tokens)
     placed = (batch["places"] != UNKNOWN).any(-1)
     losses = place_head(middle[placed], batch["places"][placed])
+    if tokens is not None:
+        told = dense_heads(tokens, CellTargets(*(batch[name] for name in CellTargets._fields)))
+        losses["tokens"] = sum(weight * told[name] for name, weight in DENSE.items())
     answered = batch["labels"] != IGNORED
     if answered.any():
         each = functional.cross_entropy(head(hidden[answered]).float(), batch["labels"][answered], reduction="none")
@@ -237,16 +245,21 @@ def main() -> None:
             layer.compile(dynamic=True)  # one graph for all layers, with and without the adapter
     adapter = [p for name, p in model.named_parameters() if p.requires_grad and "lora_" in name]
     place_head = PlaceHead(model.config.text_config.hidden_size).to(device)
+    words = concept_embeddings(model.get_input_embeddings().weight.detach(), processor.tokenizer)
+    dense_heads = DenseHeads(words.shape[-1], words).to(device)
+    dense_heads.load_state_dict(read_taught(options.tower)["heads"], strict=False)
     if options.stage > 1 and not options.init:
-        place_head.load_state_dict(_end_of(folder_of(options, options.stage - 1))["places"])
+        former = _end_of(folder_of(options, options.stage - 1))
+        place_head.load_state_dict(former["places"])
+        dense_heads.load_state_dict(former["dense"])
     masters = Masters([*adapter, *reader.parameters()])
     initial = [copy.detach().clone() for copy in masters.copies] if options.blend < 1.0 else []
-    copies, beside = list(masters.copies), list(place_head.parameters())
+    copies, beside = list(masters.copies), [*place_head.parameters(), *dense_heads.parameters()]
     rates = (options.lr, options.reader_lr, PLACE_LR)
     groups = (copies[: len(adapter)], copies[len(adapter) :], beside)
     optimizer = torch.optim.AdamW([{"params": group} for group in groups], weight_decay=0.0, betas=(0.9, 0.98))
     folder = folder_of(options, options.stage)
-    parts = {"masters": masters, "optimizer": optimizer, "places": place_head}
+    parts = {"masters": masters, "optimizer": optimizer, "places": place_head, "dense": dense_heads}
     run = Run(folder, parts, options.steps, options.batch_size, rank)
     if options.export:
         model.float()
@@ -277,7 +290,7 @@ def main() -> None:
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * cosine(run.step, options.steps, 25)
         rounding.use(run.step % 2 == 0)
-        losses = losses_of(model, place_head, {name: value.to(device) for name, value in batch.items()})
+        losses = losses_of(model, place_head, dense_heads, {n: value.to(device) for n, value in batch.items()})
         if options.stage > 1 and options.experts > 1:
             losses["balance"] = model.base_model.router_aux_loss()
         sum(weights[name] * loss for name, loss in losses.items()).backward()
@@ -298,8 +311,8 @@ def main() -> None:
             if options.stage == 1
             else {n: p.detach() for n, p in model.named_parameters() if "lora_" in n}
         )
-        end = {"reader": reader.state_dict(), "adapter": adapter_state, "places": place_head.state_dict()}
-        torch.save(end, folder / "end.pt")
+        heads = {"places": place_head.state_dict(), "dense": dense_heads.state_dict()}
+        torch.save({"reader": reader.state_dict(), "adapter": adapter_state} | heads, folder / "end.pt")
     leave_processes()
 
 

@@ -5,6 +5,7 @@ ever trained on can be read: it decodes to the same words. Tokens that should kn
 knows nothing of optimizers; the text between the words is the processor's own chat template, taken apart.
 """
 
+import math
 from bisect import bisect_right
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -16,6 +17,7 @@ import torch
 from torch.utils.data import Dataset
 
 from mllm_demo.training import art
+from mllm_demo.training.concepts import CellTargets, cell_targets
 from mllm_demo.training.placing import NOWHERE, UNKNOWN, Mark, Place, marks, places, spelled
 from mllm_demo.training.questions import Question, ask_all
 from mllm_demo.training.scenes import SPLITS, render
@@ -36,7 +38,8 @@ class Sample:
     """`input_ids`, `labels`: int64 `[T]`, labels already at the positions that predict them; `weights`: float32 `[T]`
     of the labels; `pixels` or None; `places`: int64 `[T, 6]`, what each token should know (`placing.SIZES`).
 
-    `is_text`: the language model's own text, without labels, at which its speech is to be kept.
+    `is_text`: the language model's own text, without labels, at which its speech is to be kept; `cells`: what the
+    picture's image tokens should tell, None where nobody asks.
     """
 
     input_ids: torch.Tensor
@@ -45,6 +48,7 @@ class Sample:
     pixels: torch.Tensor | None
     places: torch.Tensor
     is_text: bool = False
+    cells: CellTargets | None = None
 
 
 class Encoder:
@@ -197,12 +201,16 @@ class Conversations(Dataset):
         pixels = self.encoder.processor.image_processor(scene.image, return_tensors="pt").pixel_values[0]
         turns = [(question.prompt, question.answer) for question in questions]
         turn_weights = [TASK_WEIGHTS.get(question.task, 1.0) for question in questions]
-        return self.encoder.encode(turns, pixels, scene, turn_weights)
+        return replace(self.encoder.encode(turns, pixels, scene, turn_weights), cells=self._cells(scene))
+
+    def _cells(self, scene: Scene) -> CellTargets:
+        targets = cell_targets(scene, math.isqrt(len(self.encoder.image)))
+        return CellTargets(*(torch.from_numpy(array) for array in targets))
 
 
 def collate(samples: list[Sample], pad: int) -> dict[str, torch.Tensor]:
-    """Right-padded batch; `pixel_values [pictures, 3, H, W]` in reading order, absent when there is none; `is_text`
-    bool `[B]`."""
+    """Right-padded batch; `pixel_values [pictures, 3, H, W]` in reading order and what their cells should tell, under
+    the names of `CellTargets`, absent when there is none; `is_text` bool `[B]`."""
 
     def padded(rows: list[torch.Tensor], value: int) -> torch.Tensor:
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
@@ -217,4 +225,6 @@ def collate(samples: list[Sample], pad: int) -> dict[str, torch.Tensor]:
         "is_text": torch.tensor([sample.is_text for sample in samples]),
     }
     pixels = [sample.pixels for sample in samples if sample.pixels is not None]
-    return batch | ({"pixel_values": torch.stack(pixels)} if pixels else {})
+    cells = [sample.cells for sample in samples if sample.cells is not None]
+    batch |= {"pixel_values": torch.stack(pixels)} if pixels else {}
+    return batch | (CellTargets(*map(torch.stack, zip(*cells, strict=True)))._asdict() if cells else {})

@@ -1,4 +1,4 @@
-"""Between the stages: teaches the tokens of cells that hold several letters to show all of them, in their order.
+"""Between the stages: teaches tokens what the stages with the language model let fade: small text, counts, values.
 
     python -m mllm_demo.training.letters --init assets/bundled --steps 600
     python -m mllm_demo.training.letters --init assets/bundled --export --to runs/letters   # for `chat --init`
@@ -6,14 +6,15 @@
 Stage 0 has cells of one letter look, to the language model, like that letter, and leaves those of several letters to
 be worked out, which the language model never did: with two letters in any cell, 1 of 50 held-out words was read, else
 96 of 150. Here such a cell is to look like the sum of its letters, each counting `FAINTER` times the one before it,
-in the directions that tell letters, and like the token it was in all others; every other token is to stay as it is.
-Only the tower's transformer layers and the connector learn; the language model takes no part. It knows nothing of
-conversations.
+in the directions that tell letters, and like the token it was in all others; every other token is to stay near what it
+was. Stage 0's dense heads are taken up again beside that, so that letters, counts, values and ranks can be read off
+every token.
+Only the tower's transformer layers, the connector and those heads learn; the language model takes no part. It knows
+nothing of conversations.
 """
 
 import argparse
 import shutil
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,17 +26,17 @@ from torch.utils.data import DataLoader, Subset
 from mllm_demo.models.bundled.assembly import load_vision, save_vision
 from mllm_demo.models.bundled.weights import ADAPTER, ASSETS, VISION_FILE
 from mllm_demo.training import art
-from mllm_demo.training.base import build_model
+from mllm_demo.training.base import TAUGHT_FILE, build_model, read_taught
 from mllm_demo.training.chat import reader_of
 from mllm_demo.training.concepts import LETTER_SLOTS, CellTargets, concept_embeddings
 from mllm_demo.training.lettering import CHARACTERS
 from mllm_demo.training.runs import Run, add_flags, join_processes, leave_processes, teach
-from mllm_demo.training.tower import Cells
+from mllm_demo.training.tower import DENSE, Cells, DenseHeads, dense_accuracy
 
 FAINTER = 0.8
-MIX = {"text": 0.5, "chart": 0.4, "objects": 0.05, "shapes": 0.05}
+MIX = {"text": 0.35, "chart": 0.35, "same": 0.15, "shapes": 0.1, "objects": 0.05}
 SHARPNESS = 20.0  # of the choice among letters by cosine
-WEIGHTS = {"kept": 1.0, "shown": 1.0, "told": 0.2}
+WEIGHTS = {"kept": 0.5, "shown": 1.0, "told": 0.2} | DENSE
 
 
 class Letters:
@@ -104,6 +105,7 @@ def accuracy(see, letters: Letters, batches: list) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--init", type=Path, default=ASSETS, help="the model to go on with, as assets/bundled is")
+    parser.add_argument("--tower", type=Path, default=TAUGHT_FILE, help="what stage 0 taught, for its heads")
     add_flags(parser, steps=600, batch_size=24, lr=6e-4, out=Path("runs/letters-run"))
     parser.add_argument("--export", action="store_true", help="only write a model from the last checkpoint")
     parser.add_argument("--to", type=Path, default=Path("runs/letters"), help="the folder that --export writes")
@@ -116,15 +118,18 @@ def main() -> None:
 
     model, processor = build_model(options.base)
     load_vision(model, options.init / VISION_FILE.name)
-    words = concept_embeddings(model.get_input_embeddings().weight.detach(), processor.tokenizer)
-    letters = Letters(words[-len(CHARACTERS) :].to(device))
+    words = concept_embeddings(model.get_input_embeddings().weight.detach(), processor.tokenizer).to(device)
+    letters = Letters(words[-len(CHARACTERS) :])
+    heads = DenseHeads(words.shape[-1], words).to(device)
+    heads.load_state_dict(read_taught(options.tower)["heads"], strict=False)
     model.requires_grad_(False)
     tower = model.model.vision_tower.to(device, memory_format=torch.channels_last)
     reader = Reader(reader_of(model)).to(device)
     former = {name: value.clone() for name, value in reader.state_dict().items()}
     reader.requires_grad_(True)
-    optimizer = torch.optim.AdamW(reader.parameters(), lr=options.lr, weight_decay=0.0)
-    run = Run(options.out, {"reader": reader, "optimizer": optimizer}, options.steps, options.batch_size, rank)
+    optimizer = torch.optim.AdamW([*reader.parameters(), *heads.parameters()], lr=options.lr, weight_decay=0.0)
+    parts = {"reader": reader, "heads": heads, "optimizer": optimizer}
+    run = Run(options.out, parts, options.steps, options.batch_size, rank)
     if options.export:
         shutil.copytree(options.init / ADAPTER.name, options.to / ADAPTER.name, dirs_exist_ok=True)
         save_vision(model, options.to / VISION_FILE.name)
@@ -145,14 +150,20 @@ def main() -> None:
     held_out = Cells(options.art, "held-out", 1, 144, model, processor, kinds=MIX)
     held_out = list(DataLoader(held_out, 48, num_workers=options.workers)) if rank == 0 else []
     model.eval()
-    if rank == 0 and not run.resumed:
-        run.log({"step": 0, "held-out": accuracy(see, letters, held_out)})
+
+    def measured() -> dict[str, float]:
+        told = dense_accuracy(lambda pixels: see(pixels)[0], heads, held_out, device)
+        return accuracy(see, letters, held_out) | {name: told[name] for name in DENSE}
 
     def losses_of(pixels: torch.Tensor, target: CellTargets) -> dict[str, torch.Tensor]:
-        tokens, as_were = (values.flatten(0, 1) for values in see(pixels))
-        return letters.losses(tokens, as_were, target.letters.flatten(0, 1).to(device))
+        target = CellTargets(*(array.to(device) for array in target))
+        tokens, as_were = see(pixels)
+        losses = letters.losses(tokens.flatten(0, 1), as_were.flatten(0, 1), target.letters.flatten(0, 1))
+        dense = heads(tokens, target)
+        return losses | {name: dense[name] for name in DENSE}
 
-    measured = partial(accuracy, see, letters, held_out)
+    if rank == 0 and not run.resumed:
+        run.log({"step": 0, "held-out": measured()})
     teach(run, optimizer, loader, losses_of, measured, options, warmup=25, clip=1.0, weights=WEIGHTS)
     leave_processes()
 

@@ -42,6 +42,8 @@ from mllm_demo.training.scenes import KINDS, SPLITS, render
 from mllm_demo.training.things import COLOURS, MAX_COUNT
 
 FROZEN_STAGES = 3  # edges and textures: most of the backward cost, least to learn
+# What tokens must go on telling when they learn something else, and how much of its loss here counts there.
+DENSE = {"letters": 0.25, "values": 0.5, "counts": 0.5, "ranks": 0.5, "tens": 0.1}
 
 
 class Cells(Dataset):
@@ -129,7 +131,7 @@ class DenseHeads(nn.Module):
 
 
 @torch.no_grad()
-def accuracy(see, heads: DenseHeads, loader: DataLoader, device: torch.device) -> dict[str, float]:
+def dense_accuracy(see, heads: DenseHeads, loader: DataLoader, device: torch.device) -> dict[str, float]:
     """Shares on held-out pictures: cells with a thing and empty cells named right, letters right, boxes with an
     intersection over union of 0.5, values within 5 % of the range, colours, counts and ranks."""
     hits: dict[str, list[torch.Tensor]] = {}
@@ -220,7 +222,7 @@ def main() -> None:
     def losses_of(pixels: torch.Tensor, target: CellTargets) -> dict[str, torch.Tensor]:
         return heads(see(pixels), CellTargets(*(array.to(device) for array in target)))
 
-    measured = partial(accuracy, see, heads, held_out, device)
+    measured = partial(dense_accuracy, see, heads, held_out, device)
     teach(run, optimizer, loader, losses_of, measured, options, warmup=50, clip=5.0)
     leave_processes()
 

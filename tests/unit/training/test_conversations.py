@@ -1,5 +1,6 @@
 """Questions become tokens whose answers are the only labels, and quoted text is spelled a character a token."""
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mllm_demo.models.bundled.assembly import CHAT_TEMPLATE
 from mllm_demo.training import conversations
+from mllm_demo.training.concepts import cell_targets
 from mllm_demo.training.conversations import IGNORED, TENS_WEIGHT, UNITS_WEIGHT, Conversations, Encoder, collate
 from mllm_demo.training.placing import UNKNOWN
 from mllm_demo.training.questions import Question
@@ -159,6 +161,11 @@ def test_a_picture_that_allows_no_question_gives_way_to_another(encoder, art, mo
     sample = Conversations(Path("unused"), "train", 0, 1, encoder)[0]
     assert len(tried) == 3 and sample.input_ids.dtype == torch.int64
     assert "This is a cat." in encoder.tokenizer.decode(sample.input_ids)
+    side = math.isqrt(len(encoder.image))
+    assert torch.equal(sample.cells.counts, torch.from_numpy(cell_targets(tried[2], side).counts))
+    batch = collate([sample, encoder.encode_text("oak")], pad=7)
+    assert batch["counts"].shape == (1, side**2) and batch["boxes"].shape == (1, side**2, 4)
+    assert "counts" not in collate([encoder.encode_text("oak")], pad=7)
 
 
 def test_a_batch_is_padded_on_the_right_and_holds_only_the_pictures_there_are(encoder):

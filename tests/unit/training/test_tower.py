@@ -7,7 +7,7 @@ import torch
 from mllm_demo.training.concepts import CONCEPTS, DIGITS, UNKNOWN, CellTargets, box_digits, cell_targets
 from mllm_demo.training.questions import ask
 from mllm_demo.training.scenes import HELD_OUT, render
-from mllm_demo.training.tower import DenseHeads, overlap
+from mllm_demo.training.tower import DENSE, DenseHeads, overlap
 
 WIDTH, SIDE = 32, 12
 
@@ -69,6 +69,16 @@ def test_the_cells_of_a_label_and_of_its_part_tell_the_rank_of_its_value(art, ki
         for part, value in zip(scene.of_kind("part"), values, strict=kind != "table"):
             x, y = (int(v * SIDE / scene.image.shape[0]) for v in part.centre)
             assert ranks[y, x, 0] == sum(other > value for other in values)
+
+
+@pytest.mark.parametrize("kind", ["text", "chart", "shapes"])
+def test_what_later_steps_keep_is_a_number_for_every_kind_of_picture_and_teaches_its_tokens(art, kind):
+    torch.manual_seed(0)
+    heads = DenseHeads(WIDTH, torch.randn(len(CONCEPTS), WIDTH))
+    tokens = torch.randn(1, SIDE**2, WIDTH, requires_grad=True)
+    losses = heads(tokens, target_of(art, kind))
+    sum(weight * losses[name] for name, weight in DENSE.items()).backward()
+    assert tokens.grad.isfinite().all() and tokens.grad.abs().sum() > 0
 
 
 def test_overlap_is_intersection_over_union():
