@@ -32,11 +32,11 @@ from torch.utils.data import DataLoader, Subset
 
 from mllm_demo.models.bundled.assembly import load_vision, save_vision
 from mllm_demo.models.bundled.weights import ADAPTER, ASSETS, VISION_FILE
-from mllm_demo.models.quantize import compute_dtype, resolve_device
+from mllm_demo.models.quantize import compute_dtype
 from mllm_demo.training import art
 from mllm_demo.training.adapters import lora_state, mixture, single_lora
 from mllm_demo.training.base import TAUGHT_FILE, build_model, read_taught
-from mllm_demo.training.concepts import CellTargets, concept_embeddings
+from mllm_demo.training.concepts import CellTargets
 from mllm_demo.training.conversations import IGNORED, Conversations, Encoder, collate
 from mllm_demo.training.placing import UNKNOWN, PlaceHead
 from mllm_demo.training.runs import (
@@ -44,13 +44,13 @@ from mllm_demo.training.runs import (
     Run,
     add_flags,
     average_gradients,
+    begin,
     cosine,
-    join_processes,
     leave_processes,
     wait_for_others,
 )
 from mllm_demo.training.small_talk import texts
-from mllm_demo.training.tower import DENSE, DenseHeads
+from mllm_demo.training.tower import DENSE, DenseHeads, dense_heads
 
 # Weight of the balance loss: strong while the routers find their first division of labour, weak afterwards.
 BALANCE = {2: 0.05, 3: 0.01}
@@ -172,11 +172,11 @@ def hidden_states(
 
 
 def losses_of(
-    model: PeftModel, place_head: PlaceHead, dense_heads: DenseHeads, batch: dict[str, torch.Tensor]
+    model: PeftModel, place_head: PlaceHead, cell_heads: DenseHeads, batch: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """"answers": mean cross entropy over the tokens of answers, by their `weights`; "text": mean Kullback-Leibler
     divergence, over the tokens of text alone, of what the model says from what its language model says without the
-    adapter; what `place_head` says of places; "tokens": what `dense_heads` miss in image tokens."""
+    adapter; what `place_head` says of places; "tokens": what `cell_heads` miss in image tokens."""
     head, is_text = model.get_output_embeddings(), batch["is_text"]
     if is_text.any():
         alone = {name: batch[name][is_text] for name in ("input_ids", "attention_mask")}
@@ -188,7 +188,7 @@ def losses_of(
     placed = (batch["places"] != UNKNOWN).any(-1)
     losses = place_head(middle[placed], batch["places"][placed])
     if tokens is not None:
-        told = dense_heads(tokens, CellTargets(*(batch[name] for name in CellTargets._fields)))
+        told = cell_heads(tokens, CellTargets(*(batch[name] for name in CellTargets._fields)))
         losses["tokens"] = sum(weight * told[name] for name, weight in DENSE.items())
     answered = batch["labels"] != IGNORED
     if answered.any():
@@ -230,10 +230,7 @@ def main() -> None:
         parser.error("--init goes on with a whole model, which is stage 3; leave it out or choose --stage 3.")
     if options.blend != 1.0 and not (options.init and options.export and 0.0 <= options.blend < 1.0):
         parser.error("--blend is a share from 0 to 1 of the way from --init to what --export writes; give all three.")
-    torch.set_num_threads(options.threads)
-    rank, world = join_processes()
-    device = resolve_device("auto")
-    torch.manual_seed(options.seed)
+    rank, world, device = begin(options)
 
     model, processor, talk = build(options, device, rank)
     reader = reader_of(model).requires_grad_(True)
@@ -245,21 +242,19 @@ def main() -> None:
             layer.compile(dynamic=True)  # one graph for all layers, with and without the adapter
     adapter = [p for name, p in model.named_parameters() if p.requires_grad and "lora_" in name]
     place_head = PlaceHead(model.config.text_config.hidden_size).to(device)
-    words = concept_embeddings(model.get_input_embeddings().weight.detach(), processor.tokenizer)
-    dense_heads = DenseHeads(words.shape[-1], words).to(device)
-    dense_heads.load_state_dict(read_taught(options.tower)["heads"], strict=False)
+    cell_heads = dense_heads(model, processor, device, options.tower)
     if options.stage > 1 and not options.init:
         former = _end_of(folder_of(options, options.stage - 1))
         place_head.load_state_dict(former["places"])
-        dense_heads.load_state_dict(former["dense"])
+        cell_heads.load_state_dict(former["dense"])
     masters = Masters([*adapter, *reader.parameters()])
     initial = [copy.detach().clone() for copy in masters.copies] if options.blend < 1.0 else []
-    copies, beside = list(masters.copies), [*place_head.parameters(), *dense_heads.parameters()]
+    copies, beside = list(masters.copies), [*place_head.parameters(), *cell_heads.parameters()]
     rates = (options.lr, options.reader_lr, PLACE_LR)
     groups = (copies[: len(adapter)], copies[len(adapter) :], beside)
     optimizer = torch.optim.AdamW([{"params": group} for group in groups], weight_decay=0.0, betas=(0.9, 0.98))
     folder = folder_of(options, options.stage)
-    parts = {"masters": masters, "optimizer": optimizer, "places": place_head, "dense": dense_heads}
+    parts = {"masters": masters, "optimizer": optimizer, "places": place_head, "dense": cell_heads}
     run = Run(folder, parts, options.steps, options.batch_size, rank)
     if options.export:
         model.float()
@@ -290,7 +285,7 @@ def main() -> None:
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * cosine(run.step, options.steps, 25)
         rounding.use(run.step % 2 == 0)
-        losses = losses_of(model, place_head, dense_heads, {n: value.to(device) for n, value in batch.items()})
+        losses = losses_of(model, place_head, cell_heads, {n: value.to(device) for n, value in batch.items()})
         if options.stage > 1 and options.experts > 1:
             losses["balance"] = model.base_model.router_aux_loss()
         sum(weights[name] * loss for name, loss in losses.items()).backward()
@@ -311,7 +306,7 @@ def main() -> None:
             if options.stage == 1
             else {n: p.detach() for n, p in model.named_parameters() if "lora_" in n}
         )
-        heads = {"places": place_head.state_dict(), "dense": dense_heads.state_dict()}
+        heads = {"places": place_head.state_dict(), "dense": cell_heads.state_dict()}
         torch.save({"reader": reader.state_dict(), "adapter": adapter_state} | heads, folder / "end.pt")
     leave_processes()
 

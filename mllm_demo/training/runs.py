@@ -43,6 +43,14 @@ def join_processes() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def begin(options: argparse.Namespace) -> tuple[int, int, torch.device]:
+    """(rank, number of processes, device), with the threads and the seed of `options`."""
+    torch.set_num_threads(options.threads)
+    rank, world = join_processes()
+    torch.manual_seed(options.seed)
+    return rank, world, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def wait_for_others() -> None:
     """Returns once every process is here."""
     if dist.is_initialized():

@@ -37,7 +37,7 @@ from mllm_demo.training.concepts import (
     concept_embeddings,
 )
 from mllm_demo.training.lettering import CHARACTERS
-from mllm_demo.training.runs import Run, add_flags, join_processes, leave_processes, teach
+from mllm_demo.training.runs import Run, add_flags, begin, leave_processes, teach
 from mllm_demo.training.scenes import KINDS, SPLITS, render
 from mllm_demo.training.things import COLOURS, MAX_COUNT
 
@@ -130,6 +130,15 @@ class DenseHeads(nn.Module):
         }
 
 
+def dense_heads(model, processor, device: torch.device, taught: Path | None = None) -> DenseHeads:
+    """Heads for the tokens that `model` reads; from `taught`, a file of stage 0 that may know fewer of them, if given."""
+    table = concept_embeddings(model.get_input_embeddings().weight.detach(), processor.tokenizer)
+    heads = DenseHeads(table.shape[-1], table)
+    if taught:
+        heads.load_state_dict(read_taught(taught)["heads"], strict=False)
+    return heads.to(device)
+
+
 @torch.no_grad()
 def dense_accuracy(see, heads: DenseHeads, loader: DataLoader, device: torch.device) -> dict[str, float]:
     """Shares on held-out pictures: cells with a thing and empty cells named right, letters right, boxes with an
@@ -177,21 +186,17 @@ def main() -> None:
     parser.add_argument("--freeze", type=int, default=FROZEN_STAGES, help="stages that stay as they are, of 7")
     parser.add_argument("--export", action="store_true", help=f"only write {TAUGHT_FILE.name} from the last checkpoint")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    rank, world = join_processes()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(options.seed)
+    rank, world, device = begin(options)
     art.prepare(options.art)
 
     model, processor = build_model(options.base)
-    table = concept_embeddings(model.get_input_embeddings().weight.detach(), processor.tokenizer)
     tower, connector = model.model.vision_tower.to(device), model.model.multi_modal_projector.to(device)
-    heads = DenseHeads(table.shape[-1], table).to(device)
+    heads = dense_heads(model, processor, device, options.init)
     taught = {"tower": tower, "connector": connector, "heads": heads}
     if options.init:
         former = read_taught(options.init)
-        for name, module in taught.items():
-            module.load_state_dict(former[name], strict=name != "heads")  # heads may have been added since
+        tower.load_state_dict(former["tower"])
+        connector.load_state_dict(former["connector"])
     else:
         tower.load_state_dict(imagenet_state_dict(imagenet_weights(options.base)), strict=False)
     nn.ModuleList([tower.stem, *tower.stages[: options.freeze]]).requires_grad_(False)

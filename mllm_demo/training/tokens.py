@@ -1,7 +1,7 @@
 """Between the stages: teaches tokens what the stages with the language model let fade: small text, counts, values.
 
-    python -m mllm_demo.training.letters --init assets/bundled --steps 600
-    python -m mllm_demo.training.letters --init assets/bundled --export --to runs/letters   # for `chat --init`
+    python -m mllm_demo.training.tokens --init assets/bundled --steps 600
+    python -m mllm_demo.training.tokens --init assets/bundled --export --to runs/tokens   # for `chat --init`
 
 Stage 0 has cells of one letter look, to the language model, like that letter, and leaves those of several letters to
 be worked out, which the language model never did: with two letters in any cell, 1 of 50 held-out words was read, else
@@ -26,12 +26,12 @@ from torch.utils.data import DataLoader, Subset
 from mllm_demo.models.bundled.assembly import load_vision, save_vision
 from mllm_demo.models.bundled.weights import ADAPTER, ASSETS, VISION_FILE
 from mllm_demo.training import art
-from mllm_demo.training.base import TAUGHT_FILE, build_model, read_taught
+from mllm_demo.training.base import TAUGHT_FILE, build_model
 from mllm_demo.training.chat import reader_of
-from mllm_demo.training.concepts import LETTER_SLOTS, CellTargets, concept_embeddings
+from mllm_demo.training.concepts import LETTER_SLOTS, CellTargets
 from mllm_demo.training.lettering import CHARACTERS
-from mllm_demo.training.runs import Run, add_flags, join_processes, leave_processes, teach
-from mllm_demo.training.tower import DENSE, Cells, DenseHeads, dense_accuracy
+from mllm_demo.training.runs import Run, add_flags, begin, leave_processes, teach
+from mllm_demo.training.tower import DENSE, Cells, dense_accuracy, dense_heads
 
 FAINTER = 0.8
 MIX = {"text": 0.35, "chart": 0.35, "same": 0.15, "shapes": 0.1, "objects": 0.05}
@@ -106,22 +106,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--init", type=Path, default=ASSETS, help="the model to go on with, as assets/bundled is")
     parser.add_argument("--tower", type=Path, default=TAUGHT_FILE, help="what stage 0 taught, for its heads")
-    add_flags(parser, steps=600, batch_size=24, lr=6e-4, out=Path("runs/letters-run"))
+    add_flags(parser, steps=600, batch_size=24, lr=6e-4, out=Path("runs/tokens-run"))
     parser.add_argument("--export", action="store_true", help="only write a model from the last checkpoint")
-    parser.add_argument("--to", type=Path, default=Path("runs/letters"), help="the folder that --export writes")
+    parser.add_argument("--to", type=Path, default=Path("runs/tokens"), help="the folder that --export writes")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    rank, world = join_processes()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(options.seed)
+    rank, world, device = begin(options)
     art.prepare(options.art)
 
     model, processor = build_model(options.base)
     load_vision(model, options.init / VISION_FILE.name)
-    words = concept_embeddings(model.get_input_embeddings().weight.detach(), processor.tokenizer).to(device)
-    letters = Letters(words[-len(CHARACTERS) :])
-    heads = DenseHeads(words.shape[-1], words).to(device)
-    heads.load_state_dict(read_taught(options.tower)["heads"], strict=False)
+    heads = dense_heads(model, processor, device, options.tower)
+    letters = Letters(heads.table[-len(CHARACTERS) :])
     model.requires_grad_(False)
     tower = model.model.vision_tower.to(device, memory_format=torch.channels_last)
     reader = Reader(reader_of(model)).to(device)

@@ -4,7 +4,7 @@ import torch
 
 from mllm_demo.training.concepts import LETTER_SLOTS
 from mllm_demo.training.lettering import CHARACTERS
-from mllm_demo.training.letters import FAINTER, Letters
+from mllm_demo.training.tokens import FAINTER, Letters
 
 WIDTH = 96
 A, B = (1 + CHARACTERS.index(letter) for letter in "ab")
