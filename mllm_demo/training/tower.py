@@ -131,7 +131,7 @@ class DenseHeads(nn.Module):
 
 
 def dense_heads(model, processor, device: torch.device, taught: Path | None = None) -> DenseHeads:
-    """Heads for the tokens that `model` reads; from `taught`, a file of stage 0 that may know fewer of them, if given."""
+    """Heads for the tokens that `model` reads, from `taught` if given: a file of stage 0, which may know fewer."""
     table = concept_embeddings(model.get_input_embeddings().weight.detach(), processor.tokenizer)
     heads = DenseHeads(table.shape[-1], table)
     if taught:
