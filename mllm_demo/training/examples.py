@@ -17,7 +17,7 @@ from mllm_demo.training.scenes import HELD_OUT, render
 SEED, SIZE = 11, 448
 # (number, kind of picture, kind of chart, file name, question)
 CHOSEN: tuple[tuple[int, str, str | None, str, str], ...] = (
-    (1, "single", None, "chicken", "What is this?"),
+    (8, "single", None, "helicopter", "What is this?"),
     (284, "same", None, "penguins", "How many penguins are there?"),
     (2, "shapes", None, "shapes", "What colour is the circle?"),
     (13, "text", None, "code", "What does it say?"),

@@ -16,6 +16,7 @@ import matplotlib
 import numpy as np
 from matplotlib import pyplot
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from mllm_demo.figures.palette import expert_colors
 
@@ -24,7 +25,8 @@ TITLES = {
     "stage1": "I: reader and single LoRA",
     "stage2-4": "II: experts copied, routers",
     "stage3-4": "III: four experts",
-    "more-4": "III, gone on",
+    "more-4": "III, 0.4 to 0.5",
+    "later-4": "III, 0.5 to 0.6",
     "stage2-1": "II, single LoRA",
     "stage3-1": "III, single LoRA",
 }
@@ -64,6 +66,8 @@ def curves(folder: Path) -> Figure:
                 style = ":" if name.endswith("-1") else "-"
                 axis.plot(*zip(*points, strict=True), style, color=f"C{index}", label=TITLES[name])
         axis.set(xlabel="step", title=LABELS[quantity], yscale="log" if quantity != "balance" else "linear")
+        if quantity != "balance":
+            axis.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
         for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
             ticks(lambda value, position: f"{value:.3g}")
         axis.tick_params(axis="y", which="both", labelsize="x-small")

@@ -21,7 +21,7 @@ def test_the_status_line_tells_what_runs_and_how_much_of_it_is_in_4_bit(visit, u
 @pytest.mark.parametrize(
     ("example", "said"),
     [
-        ("What is this?", "chicken"),
+        ("What is this?", "helicopter"),
         ("How many penguins", "4"),
         ("What colour is the circle?", "orange"),
         ("What does it say?", "code"),
