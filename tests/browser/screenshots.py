@@ -7,7 +7,7 @@ Writes `assets/screenshots/{answer,dark,narrow,overview}.png`.
 
 from pathlib import Path
 
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import expect, sync_playwright
 
 from mllm_demo.chat.engine import ChatEngine
 from mllm_demo.settings import Settings
@@ -28,6 +28,7 @@ def main() -> None:
         pass
     url, close = serve(engine)
     FOLDER.mkdir(parents=True, exist_ok=True)
+    expect.set_options(timeout=60_000)  # a first answer waits for kernels, too
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         for name, theme, width, height in SHOTS:
