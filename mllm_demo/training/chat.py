@@ -143,8 +143,8 @@ def narrow(model: PeftModel, dtype: torch.dtype) -> None:
 def see(model: PeftModel, pixels: torch.Tensor) -> torch.Tensor:
     """`pixels [pictures, 3, H, W]` → what the connector says of every patch, `[pictures, patches, hidden]`."""
     parts = parts_of(model)
-    narrow = model.get_input_embeddings().weight.dtype == torch.bfloat16
-    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=narrow):
+    half = model.get_input_embeddings().weight.dtype == torch.bfloat16
+    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=half):
         with torch.no_grad():
             maps = parts.vision_tower.joined(pixels.to(memory_format=torch.channels_last))
         return parts.multi_modal_projector(parts.vision_tower.norm(parts.vision_tower.context(maps)))
@@ -242,8 +242,9 @@ def main() -> None:
             layer.compile(dynamic=True)  # one graph for all layers, with and without the adapter
     adapter = [p for name, p in model.named_parameters() if p.requires_grad and "lora_" in name]
     place_head = PlaceHead(model.config.text_config.hidden_size).to(device)
-    cell_heads = dense_heads(model, processor, device, options.tower)
-    if options.stage > 1 and not options.init:
+    follows = options.stage > 1 and not options.init
+    cell_heads = dense_heads(model, processor, device, None if follows else read_taught(options.tower))
+    if follows:
         former = _end_of(folder_of(options, options.stage - 1))
         place_head.load_state_dict(former["places"])
         cell_heads.load_state_dict(former["dense"])

@@ -8,6 +8,7 @@ optimizers.
 """
 
 from collections import Counter
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -50,6 +51,10 @@ class CellTargets(NamedTuple):
     colours: np.ndarray
     counts: np.ndarray
     ranks: np.ndarray
+
+    def map(self, change: Callable) -> "CellTargets":
+        """The same of every target."""
+        return CellTargets(*map(change, self))
 
 
 def concept_of(thing: Thing) -> int:
@@ -126,4 +131,4 @@ def cell_targets(scene: Scene, side: int) -> CellTargets:
             # Several letters have no one word for them; the language model learns to read such cells by itself.
             centred[where] = concept_of(inside_it[0]) if len(inside_it) == 1 else UNKNOWN
     arrays = (centred, covered, letters, boxes, values, colours, counts, ranks)
-    return CellTargets(*(array.reshape(side * side, *array.shape[2:]) for array in arrays))
+    return CellTargets(*arrays).map(lambda array: array.reshape(side * side, *array.shape[2:]))

@@ -201,11 +201,8 @@ class Conversations(Dataset):
         pixels = self.encoder.processor.image_processor(scene.image, return_tensors="pt").pixel_values[0]
         turns = [(question.prompt, question.answer) for question in questions]
         turn_weights = [TASK_WEIGHTS.get(question.task, 1.0) for question in questions]
-        return replace(self.encoder.encode(turns, pixels, scene, turn_weights), cells=self._cells(scene))
-
-    def _cells(self, scene: Scene) -> CellTargets:
-        targets = cell_targets(scene, math.isqrt(len(self.encoder.image)))
-        return CellTargets(*(torch.from_numpy(array) for array in targets))
+        cells = cell_targets(scene, math.isqrt(len(self.encoder.image))).map(torch.from_numpy)
+        return replace(self.encoder.encode(turns, pixels, scene, turn_weights), cells=cells)
 
 
 def collate(samples: list[Sample], pad: int) -> dict[str, torch.Tensor]:

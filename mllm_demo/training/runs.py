@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from mllm_demo.errors import CheckpointError, SettingsError
+from mllm_demo.models.quantize import resolve_device
 
 
 def add_flags(
@@ -48,7 +49,7 @@ def begin(options: argparse.Namespace) -> tuple[int, int, torch.device]:
     torch.set_num_threads(options.threads)
     rank, world = join_processes()
     torch.manual_seed(options.seed)
-    return rank, world, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return rank, world, resolve_device("auto")
 
 
 def wait_for_others() -> None:

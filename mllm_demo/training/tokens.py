@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Subset
 from mllm_demo.models.bundled.assembly import load_vision, save_vision
 from mllm_demo.models.bundled.weights import ADAPTER, ASSETS, VISION_FILE
 from mllm_demo.training import art
-from mllm_demo.training.base import TAUGHT_FILE, build_model
+from mllm_demo.training.base import TAUGHT_FILE, build_model, read_taught
 from mllm_demo.training.chat import reader_of
 from mllm_demo.training.concepts import LETTER_SLOTS, CellTargets
 from mllm_demo.training.lettering import CHARACTERS
@@ -86,11 +86,12 @@ class Reader(nn.Module):
 
 
 @torch.no_grad()
-def accuracy(see, letters: Letters, batches: list) -> dict[str, float]:
-    """Shares of held-out cells: single letters shown most; both of two different ones shown most; in their order."""
+def accuracy(letters: Letters, batches: list[tuple[torch.Tensor, CellTargets]]) -> dict[str, float]:
+    """`batches`: tokens `[B, cells, width]` and what they should tell → shares of held-out cells: single letters shown
+    most; both of two different ones shown most; in their order."""
     hits: dict[str, list[torch.Tensor]] = {"single": [], "both": [], "in order": []}
-    for pixels, target in batches:
-        tokens, held = see(pixels)[0].flatten(0, 1), target.letters.flatten(0, 1).to(letters.table.device)
+    for tokens, target in batches:
+        tokens, held = tokens.flatten(0, 1), target.letters.flatten(0, 1).to(letters.table.device)
         count, shown = (held > 0).sum(-1), letters.read(tokens)
         first, second = held[:, 0] - 1, held[:, 1] - 1
         pair = (count == 2) & (first != second)
@@ -115,7 +116,7 @@ def main() -> None:
 
     model, processor = build_model(options.base)
     load_vision(model, options.init / VISION_FILE.name)
-    heads = dense_heads(model, processor, device, options.tower)
+    heads = dense_heads(model, processor, device, read_taught(options.tower))
     letters = Letters(heads.table[-len(CHARACTERS) :])
     model.requires_grad_(False)
     tower = model.model.vision_tower.to(device, memory_format=torch.channels_last)
@@ -146,12 +147,14 @@ def main() -> None:
     held_out = list(DataLoader(held_out, 48, num_workers=options.workers)) if rank == 0 else []
     model.eval()
 
+    @torch.no_grad()
     def measured() -> dict[str, float]:
-        told = dense_accuracy(lambda pixels: see(pixels)[0], heads, held_out, device)
-        return accuracy(see, letters, held_out) | {name: told[name] for name in DENSE}
+        seen = [(see(pixels)[0], target) for pixels, target in held_out]
+        told = dense_accuracy(lambda tokens: tokens, heads, seen, device)
+        return accuracy(letters, seen) | {name: told[name] for name in DENSE}
 
     def losses_of(pixels: torch.Tensor, target: CellTargets) -> dict[str, torch.Tensor]:
-        target = CellTargets(*(array.to(device) for array in target))
+        target = target.map(lambda array: array.to(device))
         tokens, as_were = see(pixels)
         losses = letters.losses(tokens.flatten(0, 1), as_were.flatten(0, 1), target.letters.flatten(0, 1))
         dense = heads(tokens, target)

@@ -66,7 +66,7 @@ class Cells(Dataset):
         kind = str(np.random.default_rng((self.seed, 78, index)).choice(list(self.kinds), p=list(self.kinds.values())))
         scene = render(art.load(self.art_folder), self.split, self.seed, index, kind=kind)
         pixels = self.image_processor(scene.image, return_tensors="pt").pixel_values[0]
-        return pixels, CellTargets(*(torch.from_numpy(array) for array in cell_targets(scene, self.side)))
+        return pixels, cell_targets(scene, self.side).map(torch.from_numpy)
 
 
 class DenseHeads(nn.Module):
@@ -130,12 +130,12 @@ class DenseHeads(nn.Module):
         }
 
 
-def dense_heads(model, processor, device: torch.device, taught: Path | None = None) -> DenseHeads:
-    """Heads for the tokens that `model` reads, from `taught` if given: a file of stage 0, which may know fewer."""
+def dense_heads(model, processor, device: torch.device, taught: dict | None = None) -> DenseHeads:
+    """Heads for the tokens that `model` reads; `taught`: what `read_taught` returns, whose heads may be fewer."""
     table = concept_embeddings(model.get_input_embeddings().weight.detach(), processor.tokenizer)
     heads = DenseHeads(table.shape[-1], table)
     if taught:
-        heads.load_state_dict(read_taught(taught)["heads"], strict=False)
+        heads.load_state_dict(taught["heads"], strict=False)
     return heads.to(device)
 
 
@@ -145,7 +145,7 @@ def dense_accuracy(see, heads: DenseHeads, loader: DataLoader, device: torch.dev
     intersection over union of 0.5, values within 5 % of the range, colours, counts and ranks."""
     hits: dict[str, list[torch.Tensor]] = {}
     for pixels, target in loader:
-        target = CellTargets(*(array.to(device) for array in target))
+        target = target.map(lambda array: array.to(device))
         tokens = see(pixels).float()
         _, letters, boxes, values, colours, counts, ranks = heads.predictions(tokens)
         named = heads.similarity(tokens).argmax(-1) == target.centred
@@ -191,10 +191,10 @@ def main() -> None:
 
     model, processor = build_model(options.base)
     tower, connector = model.model.vision_tower.to(device), model.model.multi_modal_projector.to(device)
-    heads = dense_heads(model, processor, device, options.init)
+    former = read_taught(options.init) if options.init else None
+    heads = dense_heads(model, processor, device, former)
     taught = {"tower": tower, "connector": connector, "heads": heads}
-    if options.init:
-        former = read_taught(options.init)
+    if former:
         tower.load_state_dict(former["tower"])
         connector.load_state_dict(former["connector"])
     else:
@@ -225,7 +225,7 @@ def main() -> None:
     model.eval()  # batch statistics stay those of ImageNet
 
     def losses_of(pixels: torch.Tensor, target: CellTargets) -> dict[str, torch.Tensor]:
-        return heads(see(pixels), CellTargets(*(array.to(device) for array in target)))
+        return heads(see(pixels), target.map(lambda array: array.to(device)))
 
     measured = partial(dense_accuracy, see, heads, held_out, device)
     teach(run, optimizer, loader, losses_of, measured, options, warmup=50, clip=5.0)
