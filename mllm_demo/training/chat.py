@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, Subset
 from mllm_demo.models.bundled.assembly import load_vision, save_vision
 from mllm_demo.models.bundled.weights import ADAPTER, ASSETS, VISION_FILE
 from mllm_demo.models.quantize import compute_dtype
-from mllm_demo.training import art
+from mllm_demo.training import art, attention
 from mllm_demo.training.adapters import lora_state, mixture, single_lora
 from mllm_demo.training.base import TAUGHT_FILE, build_model, read_taught
 from mllm_demo.training.concepts import CellTargets
@@ -236,7 +236,7 @@ def main() -> None:
     reader = reader_of(model).requires_grad_(True)
     narrow(model, compute_dtype(device))
     if device.type == "cpu":
-        model.base_model.model.set_attn_implementation("eager")  # the fused one is slow backwards there
+        model.base_model.model.set_attn_implementation(attention.NAME)
     if options.compile:
         for layer in parts_of(model).language_model.layers:
             layer.compile(dynamic=True)  # one graph for all layers, with and without the adapter
