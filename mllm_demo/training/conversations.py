@@ -30,7 +30,7 @@ TENS_WEIGHT, UNITS_WEIGHT = 4.0, 0.25
 # How often each kind of picture is talked about.
 MIX = {"single": 0.06, "same": 0.16, "objects": 0.10, "shapes": 0.12, "mixed": 0.03, "text": 0.26, "chart": 0.27}
 # Answers of which one token tells everything weigh more: elsewhere it is outnumbered.
-TASK_WEIGHTS = {"counting": 3.0, "chart": 2.0, "table": 1.5}
+TASK_WEIGHTS = {"counting": 3.0, "reading": 1.5, "chart": 2.0, "table": 1.5}
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,11 @@ def test_splits_draw_from_different_streams_styles_fonts_and_words(art):
     assert "openmoji" not in scenes.TRAIN.styles
 
 
+def test_there_are_thousands_of_words_to_learn_from_all_of_letters_that_a_token_can_show():
+    assert len(TRAIN_WORDS) > 5000 and len(set(TRAIN_WORDS)) == len(TRAIN_WORDS)
+    assert all(3 <= len(word) <= 8 and set(word) <= set(CHARACTERS) for word in (*TRAIN_WORDS, *TEST_WORDS))
+
+
 def test_no_drawing_is_shown_in_training_and_in_evaluation(art, monkeypatch):
     """Every object is withheld in one style: training never draws it in that one, evaluation only in that one."""
     monkeypatch.setattr(scenes, "RESTYLED", 0)  # which would change the colour that tells the style
