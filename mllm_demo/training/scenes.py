@@ -177,7 +177,7 @@ class _Picture:
         self.lines = [line.text for line in written]
 
     def _word(self) -> str:
-        """A word of the split; in training, often one that nobody uses, so that letters are read and not just guessed."""
+        """A word of the split; in training, often one that nobody uses, so letters are read and not just guessed."""
         if self.split.withheld is False and self.rng.random() < 0.35:
             return invented(self.rng)
         return str(self.rng.choice(self.split.words))
