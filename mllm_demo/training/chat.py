@@ -89,18 +89,28 @@ def parts_of(model: nn.Module) -> nn.Module:
     return (model.base_model.model if isinstance(model, PeftModel) else model).model
 
 
-def reader_of(model: nn.Module) -> nn.ModuleDict:
+class Reader(nn.ModuleDict):
     """What turns the tower's maps into image tokens: its transformer layers, its norm and the connector."""
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        """`maps`: what the tower's `joined` says of pictures → `[pictures, cells, hidden]`."""
+        return self["connector"](self["norm"](self["context"](maps)))
+
+
+def reader_of(model: nn.Module) -> Reader:
     parts = parts_of(model)
     tower = parts.vision_tower
-    return nn.ModuleDict({"context": tower.context, "norm": tower.norm, "connector": parts.multi_modal_projector})
+    return Reader({"context": tower.context, "norm": tower.norm, "connector": parts.multi_modal_projector})
 
 
 def _end_of(folder: Path) -> dict:
     file = folder / "end.pt"
     if not file.exists():
         raise SystemExit(f"{file} is missing: finish the stage before this one first.")
-    return torch.load(file, weights_only=True)
+    end = torch.load(file, weights_only=True)
+    if not end.keys() >= {"reader", "adapter", "places", "dense"}:
+        raise SystemExit(f"{file} was written by another version of this command: repeat that stage first.")
+    return end
 
 
 def build(options, device: torch.device, rank: int) -> tuple[PeftModel, object, tuple[str, ...]]:
@@ -142,12 +152,11 @@ def narrow(model: PeftModel, dtype: torch.dtype) -> None:
 
 def see(model: PeftModel, pixels: torch.Tensor) -> torch.Tensor:
     """`pixels [pictures, 3, H, W]` → what the connector says of every patch, `[pictures, patches, hidden]`."""
-    parts = parts_of(model)
     half = model.get_input_embeddings().weight.dtype == torch.bfloat16
     with torch.autocast(pixels.device.type, torch.bfloat16, enabled=half):
         with torch.no_grad():
-            maps = parts.vision_tower.joined(pixels.to(memory_format=torch.channels_last))
-        return parts.multi_modal_projector(parts.vision_tower.norm(parts.vision_tower.context(maps)))
+            maps = parts_of(model).vision_tower.joined(pixels.to(memory_format=torch.channels_last))
+        return reader_of(model)(maps)
 
 
 def hidden_states(

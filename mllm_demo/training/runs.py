@@ -146,6 +146,12 @@ class Run:
         except Exception as error:  # torch answers a damaged file with any exception there is
             raise CheckpointError(f"{self.last} is damaged; delete it to train from the start.") from error
         self._check_settings(state.get("settings", self.settings))
+        missing = sorted(self.parts.keys() - state.keys())
+        if missing:
+            raise CheckpointError(
+                f"{self.last} holds no {', '.join(missing)}: another version of this command wrote it; "
+                "choose another --out, or delete it to train from the start."
+            )
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         self.step = state["step"]

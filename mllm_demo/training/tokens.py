@@ -18,7 +18,6 @@ import shutil
 from pathlib import Path
 
 import torch
-from torch import nn
 from torch.func import functional_call
 from torch.nn import functional
 from torch.utils.data import DataLoader, Subset
@@ -75,17 +74,6 @@ class Letters:
         return (functional.normalize(tokens, dim=-1) @ self.unit.T).topk(2, -1).indices
 
 
-class Reader(nn.Module):
-    """What turns the tower's maps into image tokens, as one module."""
-
-    def __init__(self, parts: nn.ModuleDict):
-        super().__init__()
-        self.parts = parts
-
-    def forward(self, maps: torch.Tensor) -> torch.Tensor:
-        return self.parts["connector"](self.parts["norm"](self.parts["context"](maps))).float()
-
-
 @torch.no_grad()
 def accuracy(letters: Letters, batches: list[tuple[torch.Tensor, CellTargets]]) -> dict[str, float]:
     """`batches`: tokens `[B, cells, width]` and what they should tell → shares of held-out cells: single letters shown
@@ -121,7 +109,7 @@ def main() -> None:
     letters = Letters(heads.table[-len(CHARACTERS) :])
     model.requires_grad_(False)
     tower = model.model.vision_tower.to(device, memory_format=torch.channels_last)
-    reader = Reader(reader_of(model)).to(device)
+    reader = reader_of(model).to(device)
     former = {name: value.clone() for name, value in reader.state_dict().items()}
     reader.requires_grad_(True)
     optimizer = torch.optim.AdamW([*reader.parameters(), *heads.parameters()], lr=options.lr, weight_decay=0.0)
@@ -140,7 +128,7 @@ def main() -> None:
             with torch.no_grad():
                 maps = tower.joined(pixels.to(device, memory_format=torch.channels_last))
                 as_were = functional_call(reader, former, (maps,))
-            return reader(maps), as_were
+            return reader(maps).float(), as_were.float()
 
     remaining = (options.steps - run.step) * options.batch_size
     data = Cells(options.art, "train", options.seed, remaining, model, processor, run.step * options.batch_size, MIX)

@@ -144,6 +144,16 @@ def test_a_damaged_checkpoint_says_what_to_do(tmp_path):
         start(tmp_path)
 
 
+def test_a_checkpoint_of_another_version_says_what_it_lacks_and_stays(tmp_path):
+    start(tmp_path)[0].save()
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    del state["part"]
+    torch.save(state, tmp_path / "last.pt")
+    with pytest.raises(CheckpointError, match="holds no part: another version .* choose another --out"):
+        start(tmp_path)
+    assert (tmp_path / "last.pt").exists()
+
+
 def test_it_is_saved_by_steps_by_time_and_at_the_end(tmp_path):
     run, _ = start(tmp_path)
     run.steps = 7
