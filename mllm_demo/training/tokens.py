@@ -1,14 +1,15 @@
 """Between the stages: teaches tokens what the stages with the language model let fade: small text, counts, values.
 
     python -m mllm_demo.training.tokens --init assets/bundled --steps 600
-    python -m mllm_demo.training.tokens --init assets/bundled --export --to runs/tokens   # for `chat --init`
+    python -m mllm_demo.training.tokens --init assets/bundled --export --to runs/tokens
+    python -m mllm_demo.training.chat --stage 3 --init runs/tokens --tower runs/tokens/tower.safetensors  # with its heads
 
 Stage 0 has cells of one letter look, to the language model, like that letter, and leaves those of several letters to
 be worked out, which the language model never did: with two letters in any cell, 1 of 50 held-out words was read, else
 96 of 150. Here such a cell is to look like the sum of its letters, each counting `FAINTER` times the one before it,
 in the directions that tell letters, and like the token it was in all others; every other token is to stay near what it
 was. Stage 0's dense heads are taken up again beside that, so that letters, counts, values and ranks can be read off
-every token.
+every token, and its choice among names.
 Only the tower's transformer layers, the connector and those heads learn; the language model takes no part. It knows
 nothing of conversations.
 """
@@ -35,7 +36,7 @@ from mllm_demo.training.tower import DENSE, Cells, dense_accuracy, dense_heads
 FAINTER = 0.8
 MIX = {"text": 0.28, "chart": 0.3, "same": 0.14, "single": 0.12, "shapes": 0.06, "objects": 0.1}
 SHARPNESS = 20.0  # of the choice among letters by cosine
-NAMES = {"aligned": 0.5}  # without it, names of held-out drawings fade
+NAMES = {"aligned": 0.5}  # how much stage 0's choice among names counts; without it they fade
 WEIGHTS = {"kept": 0.5, "shown": 1.0, "told": 0.2} | NAMES | DENSE
 
 
