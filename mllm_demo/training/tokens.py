@@ -2,7 +2,7 @@
 
     python -m mllm_demo.training.tokens --init assets/bundled --steps 600
     python -m mllm_demo.training.tokens --init assets/bundled --export --to runs/tokens
-    python -m mllm_demo.training.chat --stage 3 --init runs/tokens --tower runs/tokens/tower.safetensors  # with its heads
+    python -m mllm_demo.training.chat --stage 3 --init runs/tokens --tower runs/tokens/tower.safetensors  # goes on
 
 Stage 0 has cells of one letter look, to the language model, like that letter, and leaves those of several letters to
 be worked out, which the language model never did: with two letters in any cell, 1 of 50 held-out words was read, else
