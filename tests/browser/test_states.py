@@ -11,7 +11,7 @@ pytestmark = pytest.mark.browser
 
 
 def test_stop_ends_a_running_answer_and_keeps_its_words(visit, staged):
-    address, engine = staged(pause=0.05)
+    address, engine = staged(pause=0.2)
     page = visit(address)
     looking.ask(page, "a slow answer please")
     expect(looking.answers(page).last).to_contain_text("There is")
