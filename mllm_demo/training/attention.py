@@ -29,14 +29,10 @@ def _kept(rows: int, length: int) -> int:
     return rows * PIECE * PIECE * pieces * (pieces + 1) // 2
 
 
-def _probabilities(kept: torch.Tensor, rows: int, groups: int):
-    """A function from a piece to its part of `kept` [`_kept`], `[rows / groups, groups * queries, keys]`."""
-
-    def of(start: int, end: int) -> torch.Tensor:
-        shape = (rows // groups, groups * (end - start), end)
-        return kept[_kept(rows, start) :][: math.prod(shape)].view(shape)
-
-    return of
+def _part(kept: torch.Tensor, rows: int, groups: int, start: int, end: int) -> torch.Tensor:
+    """A piece's probabilities in `kept` [`_kept`]: `[rows / groups, groups * queries, keys]`."""
+    shape = (rows // groups, groups * (end - start), end)
+    return kept[_kept(rows, start) :][: math.prod(shape)].view(shape)
 
 
 @torch.library.custom_op("mllm_demo::causal_attention", mutates_args=())
@@ -50,13 +46,12 @@ def _forward(
     query = (query * scaling).reshape(held, groups, length, width)
     key, value = key.reshape(held, length, width), value.reshape(held, length, width)
     output, kept = query.new_empty(query.shape), query.new_empty(_kept(rows, length))
-    probabilities = _probabilities(kept, rows, groups)
     later = query.new_full((PIECE, PIECE), -math.inf).triu_(1)
     for start, end in _pieces(length):
         size = end - start
         scores = torch.bmm(query[:, :, start:end].reshape(held, groups * size, width), key[:, :end].transpose(1, 2))
         scores.view(held, groups, size, end)[..., start:] += later[:size, :size]
-        shares = torch.ops.aten._softmax.out(scores, -1, False, out=probabilities(start, end))
+        shares = torch.ops.aten._softmax.out(scores, -1, False, out=_part(kept, rows, groups, start, end))
         output[:, :, start:end] = torch.bmm(shares, value[:, :end]).view(held, groups, size, width)
     return output.view(batch, heads, length, width), kept
 
@@ -80,11 +75,10 @@ def _backward(
     key, value = key.reshape(held, length, width), value.reshape(held, length, width)
     of_query = query.new_empty(query.shape)
     of_key, of_value = (key.new_zeros(key.shape, dtype=torch.float32) for _ in range(2))  # sums over pieces
-    probabilities = _probabilities(kept, rows, groups)
     for start, end in _pieces(length):
         size = end - start
         asked, wanted = (a[:, :, start:end].reshape(held, groups * size, width) for a in (query, gradient))
-        shares = probabilities(start, end)
+        shares = _part(kept, rows, groups, start, end)
         of_value[:, :end] += torch.bmm(shares.transpose(1, 2), wanted)
         of_shares = torch.bmm(wanted, value[:, :end].transpose(1, 2))
         of_scores = torch._softmax_backward_data(of_shares, shares, -1, shares.dtype)
