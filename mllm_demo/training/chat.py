@@ -35,7 +35,7 @@ from mllm_demo.models.bundled.weights import ADAPTER, ASSETS, VISION_FILE
 from mllm_demo.models.quantize import compute_dtype
 from mllm_demo.training import art, attention
 from mllm_demo.training.adapters import lora_state, mixture, single_lora
-from mllm_demo.training.base import TAUGHT_FILE, build_model, read_taught
+from mllm_demo.training.base import TAUGHT_FILE, build_model, load_taught, read_taught
 from mllm_demo.training.concepts import CellTargets
 from mllm_demo.training.conversations import IGNORED, Conversations, Encoder, collate
 from mllm_demo.training.placing import UNKNOWN, PlaceHead
@@ -126,9 +126,7 @@ def build(options, device: torch.device, rank: int) -> tuple[PeftModel, object, 
         load_vision(model, options.init / VISION_FILE.name)
         model.requires_grad_(False)
         return PeftModel.from_pretrained(model, options.init / ADAPTER.name, is_trainable=True), processor, talk
-    taught = read_taught(options.tower)
-    model.model.vision_tower.load_state_dict(taught["tower"])
-    model.model.multi_modal_projector.load_state_dict(taught["connector"])
+    load_taught(model, read_taught(options.tower))
     if options.stage > 1:
         reader_of(model).load_state_dict(_end_of(folder_of(options, options.stage - 1))["reader"])
     model.requires_grad_(False)
@@ -230,6 +228,7 @@ def main() -> None:
     parser.add_argument("--reader-lr", type=float, default=3e-4)
     parser.add_argument("--tower", type=Path, default=TAUGHT_FILE, help="what stage 0 taught")
     parser.add_argument("--init", type=Path, help="go on from a model in the layout of assets/bundled, in stage 3")
+    parser.add_argument("--places", type=Path, help="with --init: folder of a stage whose head for places goes on")
     parser.add_argument("--compile", action="store_true", help="a third faster on a CPU with a C++ compiler")
     parser.add_argument("--export", action="store_true", help="only write the shipped files from the last checkpoint")
     parser.add_argument("--blend", type=float, default=1.0, help="of --export: how far from what --init held, 0 to 1")
@@ -253,9 +252,10 @@ def main() -> None:
     place_head = PlaceHead(model.config.text_config.hidden_size).to(device)
     follows = options.stage > 1 and not options.init
     cell_heads = dense_heads(model, processor, device, None if follows else read_taught(options.tower))
-    if follows:
-        former = _end_of(folder_of(options, options.stage - 1))
+    if follows or options.places:
+        former = _end_of(options.places or folder_of(options, options.stage - 1))
         place_head.load_state_dict(former["places"])
+    if follows:
         cell_heads.load_state_dict(former["dense"])
     masters = Masters([*adapter, *reader.parameters()])
     initial = [copy.detach().clone() for copy in masters.copies] if options.blend < 1.0 else []

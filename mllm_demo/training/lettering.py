@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mllm_demo.training.things import Thing
 
+HEIGHTS = (0.075, 0.26)  # of letters, as shares of the picture
 # What a reader tells apart; capitals are read as their small letters.
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,%-:!?"
 
@@ -52,12 +53,14 @@ def fitting_font(file: bytes, text: str, width: float, pixels: float) -> ImageFo
 
 
 def write(
-    rng: np.random.Generator, canvas: Image.Image, lines: list[str], file: bytes, band: tuple[float, float], ink: tuple
-) -> tuple[list[Line], list[Thing]]:
-    """Writes `lines` below each other somewhere between the heights `band`, as large as chance and space allow."""
+    rng: np.random.Generator, canvas: Image.Image, lines: list[str], file: bytes, band: tuple[float, float], ink: tuple,
+    heights: tuple[float, float] = HEIGHTS,
+) -> tuple[list[Line], list[Thing]]:  # fmt: skip
+    """Writes `lines` below each other somewhere between the heights `band`, in letters as large as chance (`heights`,
+    as shares of the picture) and space allow."""
     size, longest = canvas.width, max(lines, key=len)
     tallest = (band[1] - band[0]) / len(lines) / 1.3
-    pixels = min(rng.uniform(0.075, 0.26) * size, tallest)
+    pixels = min(rng.uniform(*heights) * size, tallest)
     font = fitting_font(file, longest, 0.94 * size, pixels)
     pitch = font.size * 1.3
     room = (band[1] - band[0]) - pitch * len(lines)

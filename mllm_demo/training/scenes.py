@@ -9,13 +9,14 @@ from PIL import Image, ImageDraw
 from mllm_demo.training.art import HELD_OUT_STYLE, OBJECT_NAMES, TEST_FONTS, TEST_STYLES, TRAIN_FONTS, TRAIN_STYLES, Art
 from mllm_demo.training.canvas import background, damage, ink_on, plain
 from mllm_demo.training.charts import draw_chart
-from mllm_demo.training.lettering import write
+from mllm_demo.training.lettering import HEIGHTS, write
 from mllm_demo.training.restyle import restyled
 from mllm_demo.training.things import COLOURS, MAX_COUNT, SHAPES, Scene, Split, Thing
 from mllm_demo.training.words import TEST_WORDS, TRAIN_WORDS, invented
 
 SIZE = 384
 RESTYLED = 0.4  # of the drawings to learn from
+SMALL, SMALL_HEIGHTS = 0.4, (0.045, 0.1)  # of the texts to learn from: letters too small to have a token each
 # How often each kind of picture is drawn.
 KINDS = {"single": 0.08, "same": 0.08, "objects": 0.14, "shapes": 0.06, "mixed": 0.04, "text": 0.36, "chart": 0.24}
 
@@ -161,8 +162,11 @@ class _Picture:
             drawing = _sprite(rng, self.art, self.split, name)
             self.things.append(Thing("object", name, _paste_sprite(rng, self.canvas, drawing, corner, side)))
             band = (0.68 * size, 0.97 * size)
+        small = self.split.withheld is False and rng.random() < SMALL
         roll = rng.random()
-        if roll < 0.25:
+        if small and roll > 0.25:
+            lines = [" ".join(self._word() for _ in range(rng.integers(1, 4))) for _ in range(rng.integers(1, 5))]
+        elif roll < 0.25:
             lines = [str(rng.integers(0, 10 ** int(rng.integers(1, 6))))]
         elif roll < 0.85 or band[0] > size / 2:
             lines = [self._word()]
@@ -172,7 +176,7 @@ class _Picture:
         shown = [(str.upper, str.lower, str.capitalize)[style](line) for line in lines]
         font = self.art.fonts[str(rng.choice(self.split.fonts))]
         ink = ink_on(rng, self.ground)
-        written, letters = write(rng, self.canvas, shown, font, band, ink)
+        written, letters = write(rng, self.canvas, shown, font, band, ink, SMALL_HEIGHTS if small else HEIGHTS)
         self.things += letters
         self.lines = [line.text for line in written]
 

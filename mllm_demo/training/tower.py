@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from mllm_demo.models.bundled.tower import imagenet_state_dict
 from mllm_demo.training import art
-from mllm_demo.training.base import TAUGHT_FILE, build_model, imagenet_weights, read_taught, save_taught
+from mllm_demo.training.base import TAUGHT_FILE, build_model, imagenet_weights, load_taught, read_taught, save_taught
 from mllm_demo.training.concepts import (
     CONCEPTS,
     DIGITS,
@@ -43,7 +43,7 @@ from mllm_demo.training.things import COLOURS, MAX_COUNT
 
 FROZEN_STAGES = 3  # edges and textures: most of the backward cost, least to learn
 # What tokens must go on telling when they learn something else, and how much of its loss here counts there.
-DENSE = {"letters": 0.25, "values": 0.5, "counts": 0.5, "ranks": 0.5, "tens": 0.1}
+DENSE = {"letters": 0.25, "values": 0.5, "counts": 1.0, "ranks": 0.5, "tens": 0.1}
 
 
 class Cells(Dataset):
@@ -86,6 +86,9 @@ class DenseHeads(nn.Module):
         letter_weights = torch.ones(1 + len(CHARACTERS))
         letter_weights[0] = 0.2
         self.register_buffer("letter_weights", letter_weights)
+        count_weights = torch.ones(MAX_COUNT)
+        count_weights[0] = 0.25  # most things are one of their kind
+        self.register_buffer("count_weights", count_weights, persistent=False)
 
     def similarity(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens `[..., width]` → scaled cosine to every concept `[..., concepts]`."""
@@ -125,7 +128,7 @@ class DenseHeads(nn.Module):
             "units": 0.3 * cross_entropy(units, digits[..., 1]),
             "values": 0.4 * cross_entropy(values, target.values),
             "colours": 0.4 * cross_entropy(colours, target.colours),
-            "counts": 0.4 * cross_entropy(counts, target.counts),
+            "counts": 0.4 * cross_entropy(counts, target.counts, self.count_weights),
             "ranks": 0.4 * cross_entropy(ranks.unflatten(-1, (2, RANKS)), target.ranks),
         }
 
@@ -142,7 +145,7 @@ def dense_heads(model, processor, device: torch.device, taught: dict | None = No
 @torch.no_grad()
 def dense_accuracy(see, heads: DenseHeads, loader: DataLoader, device: torch.device) -> dict[str, float]:
     """Shares on held-out pictures: cells with a thing and empty cells named right, letters right, boxes with an
-    intersection over union of 0.5, values within 5 % of the range, colours, counts and ranks."""
+    intersection over union of 0.5, values within 5 % of the range, colours, counts (all; above one), ranks."""
     hits: dict[str, list[torch.Tensor]] = {}
     for pixels, target in loader:
         target = target.map(lambda array: array.to(device))
@@ -165,6 +168,7 @@ def dense_accuracy(see, heads: DenseHeads, loader: DataLoader, device: torch.dev
             "values": near[target.values != UNKNOWN],
             "colours": (colours.argmax(-1) == target.colours)[target.colours != UNKNOWN],
             "counts": (counts.argmax(-1) == target.counts)[target.counts != UNKNOWN],
+            "several": (counts.argmax(-1) == target.counts)[target.counts > 0],
             "ranks": (ranks.unflatten(-1, (2, RANKS)).argmax(-1) == target.ranks)[target.ranks != UNKNOWN],
         }.items():
             hits.setdefault(name, []).append(right.flatten())
@@ -195,8 +199,7 @@ def main() -> None:
     heads = dense_heads(model, processor, device, former)
     taught = {"tower": tower, "connector": connector, "heads": heads}
     if former:
-        tower.load_state_dict(former["tower"])
-        connector.load_state_dict(former["connector"])
+        load_taught(model, former)
     else:
         tower.load_state_dict(imagenet_state_dict(imagenet_weights(options.base)), strict=False)
     nn.ModuleList([tower.stem, *tower.stages[: options.freeze]]).requires_grad_(False)

@@ -4,6 +4,7 @@ It knows nothing of downloads, caches, quantization or adapters.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from mllm_demo.models.bundled.tower import TesseraVisionConfig
 
 IMAGE_TOKEN = "<image>"
 VISION_CONFIG = "vision_config.json"
+DETAIL = ".context.detail."
 VISION_PARTS = ("model.vision_tower.", "model.multi_modal_projector.")
 # ImageNet statistics, which the tower's published weights expect.
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -116,9 +118,18 @@ def save_vision(model, path: Path) -> None:
     path.with_name(VISION_CONFIG).write_text(model.model.vision_tower.config.to_json_string())
 
 
-def load_vision(model, path: Path) -> None:
-    state = load_file(path)
-    if odd_keys := state.keys() ^ vision_state(model).keys():
-        odd = min(odd_keys)
-        raise CheckpointError(f"{path.name} is not the bundled model's vision file: {odd} is missing or unexpected.")
+def put_vision(model, state: Mapping[str, torch.Tensor]) -> None:
+    """Gives `model` a tower and connector named as `vision_state` does, also those from before the tower's branch for
+    detail, which then tells nothing; raises `CheckpointError` if others are missing or unexpected."""
+    own = vision_state(model).keys()
+    detail = {name for name in own if DETAIL in name}
+    if odd_keys := (state.keys() ^ own) - (detail if detail.isdisjoint(state) else set()):
+        raise CheckpointError(f"{min(odd_keys)} is missing or unexpected.")
     model.load_state_dict(state, strict=False)
+
+
+def load_vision(model, path: Path) -> None:
+    try:
+        put_vision(model, load_file(path))
+    except CheckpointError as error:
+        raise CheckpointError(f"{path.name} is not the bundled model's vision file: {error}") from error

@@ -1,10 +1,10 @@
-"""The bundled model's vision tower: EfficientNet-Lite0 with two strides joined and read in context.
+"""The bundled model's vision tower: EfficientNet-Lite0 with three strides joined and read in context.
 
 Architecture: Tan & Le, "EfficientNet" (arXiv:1905.11946, table 1) in the Lite variant (no squeeze-excitation,
 ReLU6, stem and head not scaled). The last stride-16 map is folded 2x2 into channels and joined with the
 stride-32 map, so each image token keeps fine detail (letters) and wide context (objects). Where the configuration has
-`num_hidden_layers`, that many transformer layers then let every token look at all others (a bar at its axis, a letter
-at its word).
+`num_hidden_layers`, a branch of two convolutions adds what the stride-8 map tells of smaller letters, and that many
+transformer layers then let every token look at all others (a bar at its axis, a letter at its word).
 It knows nothing of language: what a token means is the connector's business.
 """
 
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.siglip.configuration_siglip import SiglipVisionConfig
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
@@ -26,15 +27,18 @@ STAGES = (
     (6, 192, 4, 2, 5),
     (6, 320, 1, 1, 3),
 )
-FINE_STAGE = 4  # the last stage at half the final resolution
-JOINED_SIZE = 4 * STAGES[FINE_STAGE][1] + STAGES[-1][1]
+DETAIL_STAGE, DETAIL_FOLD = 2, 4  # the last stage at a quarter of a token, and its positions along a token's side
+FINE_STAGE, FINE_FOLD = 4, 2
+DETAIL_SIZE = DETAIL_FOLD**2 * STAGES[DETAIL_STAGE][1]
+COARSE_SIZE = FINE_FOLD**2 * STAGES[FINE_STAGE][1] + STAGES[-1][1]
+JOINED_SIZE = COARSE_SIZE + DETAIL_SIZE
 
 
 class TesseraVisionConfig(PretrainedConfig):
     """Shape of the tower.
 
     `image_size` in pixels; `patch_size` is the total stride, one token a patch. Without transformer layers
-    (`num_hidden_layers` 0) `hidden_size` is `JOINED_SIZE`, the width of the two maps together.
+    (`num_hidden_layers` 0) `hidden_size` is `JOINED_SIZE`, the width of the three maps together.
     """
 
     model_type = "tessera_vision"
@@ -118,13 +122,35 @@ class MBConv(nn.Module):
         return x + y if self.residual else y
 
 
+class Detail(nn.Module):
+    """`[B, side * side, DETAIL_SIZE]` → `[B, side * side, hidden_size]`: what the stride-8 map tells of every token.
+
+    Untrained it tells nothing (its last layer is zero), so a tower trained without it is the same with it.
+    """
+
+    def __init__(self, config: TesseraVisionConfig, width: int = 128):
+        super().__init__()
+        channels = STAGES[DETAIL_STAGE][1]
+        self.side = config.side
+        self.norm = nn.GroupNorm(1, channels)
+        self.conv = nn.Conv2d(channels, width, 3, padding=1)
+        self.down = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
+        self.proj = nn.Linear(2 * width * FINE_FOLD**2, config.hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = functional.pixel_shuffle(x.transpose(1, 2).unflatten(2, (self.side, self.side)), DETAIL_FOLD)
+        x = functional.gelu(self.down(functional.gelu(self.conv(self.norm(x)))))
+        return self.proj(functional.pixel_unshuffle(x, FINE_FOLD).flatten(2).transpose(1, 2))
+
+
 class Context(nn.Module):
     """`[B, side * side, JOINED_SIZE]` → `[B, side * side, hidden_size]`: tokens in their place and context."""
 
     def __init__(self, config: TesseraVisionConfig):
         super().__init__()
-        self.norm = nn.LayerNorm(JOINED_SIZE)
-        self.proj = nn.Linear(JOINED_SIZE, config.hidden_size)
+        self.norm = nn.LayerNorm(COARSE_SIZE)
+        self.proj = nn.Linear(COARSE_SIZE, config.hidden_size)
+        self.detail = Detail(config)
         self.row_embed = nn.Parameter(torch.zeros(config.side, 1, config.hidden_size))
         self.column_embed = nn.Parameter(torch.zeros(1, config.side, config.hidden_size))
         layer = SiglipVisionConfig(
@@ -136,7 +162,8 @@ class Context(nn.Module):
         self.layers = nn.ModuleList(SiglipEncoderLayer(layer) for _ in range(config.num_hidden_layers))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.proj(self.norm(x)) + (self.row_embed + self.column_embed).flatten(0, 1)
+        coarse, detail = x.split((COARSE_SIZE, DETAIL_SIZE), dim=-1)
+        x = self.proj(self.norm(coarse)) + self.detail(detail) + (self.row_embed + self.column_embed).flatten(0, 1)
         for layer in self.layers:
             x = layer(x, None)
         return x
@@ -166,14 +193,22 @@ class TesseraVisionModel(PreTrainedModel):
         self.norm = nn.LayerNorm(config.hidden_size)
         self.post_init()
 
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Context):  # asked here because modules without weights of their own are passed over
+            init.zeros_(module.detail.proj.weight)
+            init.zeros_(module.detail.proj.bias)
+
     def joined(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """`[B, 3, image_size, image_size]` → fine and wide map together `[B, tokens, JOINED_SIZE]`, without context."""
+        """`[B, 3, image_size, image_size]` → the three maps together, without context, `[B, tokens, JOINED_SIZE]`."""
         x = self.stem(pixel_values.to(self.stem.conv.weight.dtype))
         for index, stage in enumerate(self.stages):
             x = stage(x)
-            if index == FINE_STAGE:
-                fine = functional.pixel_unshuffle(x, 2)  # (B, 4 * 112, H/32, W/32)
-        return torch.cat((fine, x), dim=1).flatten(2).transpose(1, 2)
+            if index == DETAIL_STAGE:
+                detail = functional.pixel_unshuffle(x, DETAIL_FOLD)  # (B, 16 * 40, H/32, W/32)
+            elif index == FINE_STAGE:
+                fine = functional.pixel_unshuffle(x, FINE_FOLD)  # (B, 4 * 112, H/32, W/32)
+        return torch.cat((fine, x, detail), dim=1).flatten(2).transpose(1, 2)
 
     def forward(self, pixel_values: torch.Tensor, return_dict: bool = True, **kwargs) -> BaseModelOutput:
         x = self.norm(self.context(self.joined(pixel_values)))

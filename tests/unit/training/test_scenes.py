@@ -72,6 +72,16 @@ def test_a_redrawn_thing_keeps_its_form_whatever_the_hand(art):
     assert len(drawn) > 15
 
 
+def test_only_texts_to_learn_from_are_written_small(art, monkeypatch):
+    monkeypatch.setattr(scenes, "SMALL", 1)
+
+    def tallest(split: scenes.Split) -> float:
+        drawn = [scenes.render(art, split, 0, i, kind="text").of_kind("letter") for i in range(12)]
+        return max(letter.box[3] - letter.box[1] for letters in drawn for letter in letters) / SIZE
+
+    assert tallest(scenes.TRAIN) <= scenes.SMALL_HEIGHTS[1] < tallest(scenes.HELD_OUT)
+
+
 def test_invented_words_are_never_words_of_the_evaluation():
     rng = np.random.default_rng(0)
     made = {invented(rng) for _ in range(2000)}
