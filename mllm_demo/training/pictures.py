@@ -28,6 +28,7 @@ TITLES = {
     "more-4": "III, 0.4 to 0.5",
     "later-4": "III, 0.5 to 0.6",
     "words-4": "III, 0.6 to 0.7",
+    "detail-4": "III, 0.7 to 0.8",
     "stage2-1": "II, single LoRA",
     "stage3-1": "III, single LoRA",
 }
