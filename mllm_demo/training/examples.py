@@ -18,7 +18,7 @@ SEED, SIZE = 11, 448
 # (number, kind of picture, kind of chart, file name, question)
 CHOSEN: tuple[tuple[int, str, str | None, str, str], ...] = (
     (8, "single", None, "helicopter", "What is this?"),
-    (284, "same", None, "penguins", "How many penguins are there?"),
+    (286, "same", None, "ducks", "How many ducks are there?"),
     (2, "shapes", None, "shapes", "What colour is the circle?"),
     (13, "text", None, "code", "What does it say?"),
     (5, "objects", None, "things", "Where is the sock relative to the pineapple?"),

@@ -22,7 +22,7 @@ def test_the_status_line_tells_what_runs_and_how_much_of_it_is_in_4_bit(visit, u
     ("example", "said"),
     [
         ("What is this?", "helicopter"),
-        ("How many penguins", "4"),
+        ("How many ducks", "5"),
         ("What colour is the circle?", "orange"),
         ("What does it say?", "code"),
         ("Where is the sock relative to the pineapple?", "above"),
