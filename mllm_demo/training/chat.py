@@ -236,6 +236,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.init and options.stage != 3:
         parser.error("--init goes on with a whole model, which is stage 3; leave it out or choose --stage 3.")
+    if options.places and not options.init:
+        parser.error("--places goes on with --init; without it the stage before has that head, so leave --places out.")
     if options.blend != 1.0 and not (options.init and options.export and 0.0 <= options.blend < 1.0):
         parser.error("--blend is a share from 0 to 1 of the way from --init to what --export writes; give all three.")
     rank, world, device = begin(options)

@@ -155,6 +155,7 @@ def dense_accuracy(see, heads: DenseHeads, loader: DataLoader, device: torch.dev
         boxed = ~target.boxes.isnan().any(-1)
         read = letters.unflatten(-1, (LETTER_SLOTS, -1)).argmax(-1) == target.letters
         near = (values.argmax(-1) - target.values).abs() <= 0.05 * (VALUE_BINS - 1)
+        counted = counts.argmax(-1) == target.counts
         first, second = boxes.sigmoid()[boxed], target.boxes[boxed]
         tens, units = (logits.argmax(-1) for logits in heads.box_digits(tokens[boxed]))
         written = (10 * tens + units) / 100
@@ -167,8 +168,8 @@ def dense_accuracy(see, heads: DenseHeads, loader: DataLoader, device: torch.dev
             "tens": tens == box_digits(second)[..., 0],
             "values": near[target.values != UNKNOWN],
             "colours": (colours.argmax(-1) == target.colours)[target.colours != UNKNOWN],
-            "counts": (counts.argmax(-1) == target.counts)[target.counts != UNKNOWN],
-            "several": (counts.argmax(-1) == target.counts)[target.counts > 0],
+            "counts": counted[target.counts != UNKNOWN],
+            "several": counted[target.counts > 0],
             "ranks": (ranks.unflatten(-1, (2, RANKS)).argmax(-1) == target.ranks)[target.ranks != UNKNOWN],
         }.items():
             hits.setdefault(name, []).append(right.flatten())

@@ -25,7 +25,7 @@ from mllm_demo.models.bundled.tower import TesseraVisionConfig
 
 IMAGE_TOKEN = "<image>"
 VISION_CONFIG = "vision_config.json"
-DETAIL = ".context.detail."
+DETAIL = ".context.detail."  # in names of what vision files did not hold before 0.8
 VISION_PARTS = ("model.vision_tower.", "model.multi_modal_projector.")
 # ImageNet statistics, which the tower's published weights expect.
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

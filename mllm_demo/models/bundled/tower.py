@@ -28,7 +28,7 @@ STAGES = (
     (6, 320, 1, 1, 3),
 )
 DETAIL_STAGE, DETAIL_FOLD = 2, 4  # the last stage at a quarter of a token, and its positions along a token's side
-FINE_STAGE, FINE_FOLD = 4, 2
+FINE_STAGE, FINE_FOLD = 4, 2  # the last at half of one
 DETAIL_SIZE = DETAIL_FOLD**2 * STAGES[DETAIL_STAGE][1]
 COARSE_SIZE = FINE_FOLD**2 * STAGES[FINE_STAGE][1] + STAGES[-1][1]
 JOINED_SIZE = COARSE_SIZE + DETAIL_SIZE
