@@ -36,6 +36,16 @@ def test_it_answers_its_examples(visit, url, example, said):
     expect(looking.answers(page).last).to_contain_text(said)
 
 
+def test_the_first_words_and_every_example_fit_the_empty_chat(visit, url):
+    page = visit(url)
+    chat, words = page.locator("#chat").bounding_box(), page.get_by_text("Drop or paste a picture below and ask,")
+    last = page.get_by_role("button", name=re.compile("Select example")).last
+    expect(last).to_be_visible()
+    page.wait_for_timeout(1000)  # the chat scrolls to its end once pictures are there
+    assert words.bounding_box()["y"] > chat["y"]
+    assert sum(last.bounding_box()[side] for side in ("y", "height")) < chat["y"] + chat["height"]
+
+
 def test_it_draws_the_place_that_it_names(visit, url):
     page = visit(url)
     page.get_by_role("button", name=re.compile("Select example")).filter(has_text="Where is the bread?").click()
