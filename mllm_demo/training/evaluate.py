@@ -68,10 +68,13 @@ def unpack(loaded: LoadedModel) -> None:
 
     The kernels for packed weights are made for one token, and take several times as long for a batch of prompts.
     """
-    model = loaded.model.base_model.model
-    model.dequantize()
-    # A slice of the last position would make the head copy its weights for every sequence.
-    model.get_output_embeddings().register_forward_pre_hook(lambda module, seen: (seen[0].contiguous(),))
+    loaded.model.base_model.model.dequantize()
+
+
+def straighten(loaded: LoadedModel) -> None:
+    """Lays out what the head reads: a slice of the last position makes it copy its weights for every sequence."""
+    head = loaded.model.get_output_embeddings()
+    head.register_forward_pre_hook(lambda module, seen: (seen[0].contiguous(),))
 
 
 @torch.inference_mode()
@@ -119,6 +122,7 @@ def main() -> None:
     loaded = load_trained(options.quantization, options.bundle)
     if options.quantization in PACKED and not options.packed:
         unpack(loaded)
+    straighten(loaded)
     report = {"split": options.split, "quantization": options.quantization, "bundle": str(options.bundle or "")}
     report |= {"seed": options.seed, "items": options.items}
     table = report["tasks"] = {}
