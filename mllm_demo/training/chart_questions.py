@@ -35,8 +35,10 @@ def _make(rng: np.random.Generator, chart: Chart, kind: str):
         return fills, f"The value is {value}{unit}.", str(value), slack
     if kind == "comparison":
         larger = value > chart.values[other]
-        answer = f"Yes, {label} is larger." if larger else f"No, {label} is smaller."
-        return fills, answer, "yes" if larger else "no", 0.0
+        key = "yes" if larger else "no"
+        # Two values told first are two steps; the verdict alone, which asks for both at once, was hardly learned.
+        answer = f"Here {label} is {value} and {chart.labels[other]} is {chart.values[other]}, so {key}."
+        return fills, answer, key, 0.0
     if kind in ("label", "chart colour"):
         if colour is None:
             return None

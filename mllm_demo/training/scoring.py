@@ -36,8 +36,9 @@ def is_right(question: Question, reply: str) -> bool:
     if question.task == "grounding":
         box = box_in(reply)
         return box is not None and overlap(box, box_in(key)) >= MINIMAL_OVERLAP
-    if key in ("yes", "no"):
-        return bool(words) and words[0] == key
+    if key in ("yes", "no"):  # a comparison of values tells them first
+        told = words[:1] if question.task == "presence" else [word for word in words if word in ("yes", "no")]
+        return told == [key]
     if question.task == "relations":
         return {DIRECTIONS[w] for w in words if w in DIRECTIONS} == {key}
     if question.task == "reading" or '"' in question.answer:
