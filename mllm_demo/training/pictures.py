@@ -29,6 +29,7 @@ TITLES = {
     "later-4": "III, 0.5 to 0.6",
     "words-4": "III, 0.6 to 0.7",
     "detail-4": "III, 0.7 to 0.8",
+    "average-4": "III, 0.8 to 0.9",
     "stage2-1": "II, single LoRA",
     "stage3-1": "III, single LoRA",
 }

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from mllm_demo.errors import CheckpointError, SettingsError
 from mllm_demo.models.quantize import resolve_device
@@ -95,6 +96,10 @@ class Masters:
         for copy, parameter in zip(self.copies, self.parameters, strict=True):
             copy.grad = None if parameter.grad is None else parameter.grad.float()
             parameter.grad = None
+
+    def become(self, average: AveragedModel) -> None:
+        """Makes the copies what `average` has kept of them."""
+        self.copies.load_state_dict(average.module.state_dict())
 
     @torch.no_grad()
     def blend(self, others: list[torch.Tensor], share: float) -> None:

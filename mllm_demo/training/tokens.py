@@ -2,7 +2,7 @@
 
     python -m mllm_demo.training.tokens --init assets/bundled --steps 600
     python -m mllm_demo.training.tokens --init assets/bundled --export --to runs/tokens
-    python -m mllm_demo.training.chat --stage 3 --init runs/tokens --tower runs/tokens/tower.safetensors  # goes on
+    python -m mllm_demo.training.chat --stage 3 --init runs/tokens                  # goes on
 
 Stage 0 has cells of one letter look, to the language model, like that letter, and leaves those of several letters to
 be worked out, which the language model never did: with two letters in any cell, 1 of 50 held-out words was read, else
@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Subset
 from mllm_demo.models.bundled.assembly import load_vision, save_vision
 from mllm_demo.models.bundled.weights import ADAPTER, ASSETS, VISION_FILE
 from mllm_demo.training import art
-from mllm_demo.training.base import TAUGHT_FILE, build_model, read_taught, save_taught
+from mllm_demo.training.base import build_model, read_heads, save_heads
 from mllm_demo.training.chat import reader_of
 from mllm_demo.training.concepts import LETTER_SLOTS, CellTargets
 from mllm_demo.training.lettering import CHARACTERS
@@ -96,7 +96,6 @@ def accuracy(letters: Letters, batches: list[tuple[torch.Tensor, CellTargets]]) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--init", type=Path, default=ASSETS, help="the model to go on with, as assets/bundled is")
-    parser.add_argument("--tower", type=Path, default=TAUGHT_FILE, help="what stage 0 taught, for its heads")
     add_flags(parser, steps=600, batch_size=24, lr=6e-4, out=Path("runs/tokens-run"))
     parser.add_argument("--compile", action="store_true", help="faster on a CPU with a C++ compiler")
     parser.add_argument("--export", action="store_true", help="only write a model from the last checkpoint")
@@ -107,7 +106,8 @@ def main() -> None:
 
     model, processor = build_model(options.base)
     load_vision(model, options.init / VISION_FILE.name)
-    heads = dense_heads(model, processor, device, read_taught(options.tower))
+    of_init = read_heads(options.init)
+    heads = dense_heads(model, processor, device, of_init["dense"])
     letters = Letters(heads.table[-len(CHARACTERS) :])
     model.requires_grad_(False)
     tower = model.model.vision_tower.to(device, memory_format=torch.channels_last)
@@ -122,8 +122,7 @@ def main() -> None:
     if options.export:
         shutil.copytree(options.init / ADAPTER.name, options.to / ADAPTER.name, dirs_exist_ok=True)
         save_vision(model, options.to / VISION_FILE.name)
-        connector = model.model.multi_modal_projector
-        save_taught({"tower": tower, "connector": connector, "heads": heads}, options.to / TAUGHT_FILE.name)
+        save_heads(of_init | {"dense": heads.state_dict()}, options.to)
         return
 
     def see(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -79,7 +79,7 @@ class DenseHeads(nn.Module):
         self.read = nn.Linear(width, sum(self.sizes))
         self.digits = nn.Linear(width, 4 * sum(DIGITS))
         self.scale = nn.Parameter(torch.tensor(10.0))
-        self.register_buffer("table", table)
+        self.register_buffer("table", table, persistent=False)
         weights = torch.ones(len(CONCEPTS))
         weights[0] = 0.08  # most cells are empty
         self.register_buffer("weights", weights)
@@ -134,11 +134,11 @@ class DenseHeads(nn.Module):
 
 
 def dense_heads(model, processor, device: torch.device, taught: dict | None = None) -> DenseHeads:
-    """Heads for the tokens that `model` reads; `taught`: what `read_taught` returns, whose heads may be fewer."""
+    """Heads for the tokens that `model` reads; `taught`: the state dict of heads, which may be fewer."""
     table = concept_embeddings(model.get_input_embeddings().weight.detach(), processor.tokenizer)
     heads = DenseHeads(table.shape[-1], table)
     if taught:
-        heads.load_state_dict(taught["heads"], strict=False)
+        heads.load_state_dict(taught, strict=False)
     return heads.to(device)
 
 
@@ -197,7 +197,7 @@ def main() -> None:
     model, processor = build_model(options.base)
     tower, connector = model.model.vision_tower.to(device), model.model.multi_modal_projector.to(device)
     former = read_taught(options.init) if options.init else None
-    heads = dense_heads(model, processor, device, former)
+    heads = dense_heads(model, processor, device, former and former["heads"])
     taught = {"tower": tower, "connector": connector, "heads": heads}
     if former:
         load_taught(model, former)
@@ -210,7 +210,7 @@ def main() -> None:
     run = Run(options.out, taught | {"optimizer": optimizer}, options.steps, options.batch_size, rank)
 
     if options.export:
-        save_taught(taught, TAUGHT_FILE)
+        save_taught({name: module.state_dict() for name, module in taught.items()}, TAUGHT_FILE)
         return
 
     def see(pixels: torch.Tensor) -> torch.Tensor:

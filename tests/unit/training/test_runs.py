@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mllm_demo.errors import CheckpointError, SettingsError
 from mllm_demo.training.runs import Masters, Run, average_gradients, cosine
@@ -62,6 +63,17 @@ def test_small_steps_are_not_lost_in_narrow_weights():
         masters.give_back()
     assert masters.copies[0][0].item() == pytest.approx(1 - 8e-3, abs=1e-6)
     assert weight.dtype == torch.bfloat16 and weight[0].item() == pytest.approx(1 - 8e-3, abs=4e-3)
+
+
+def test_masters_that_become_their_average_are_the_mean_of_where_they_stood():
+    masters = Masters([nn.Parameter(torch.tensor([0.0]))])
+    average = AveragedModel(masters.copies, multi_avg_fn=get_ema_multi_avg_fn(0.75))
+    for value in (4.0, 8.0):  # the first one starts the average, every later one moves it by a fourth
+        masters.load_state_dict({"0": torch.tensor([value])})
+        average.update_parameters(masters.copies)
+    masters.become(average)
+    masters.give_back()
+    assert masters.parameters[0].item() == 5.0
 
 
 def test_blended_masters_stand_on_the_way_from_where_others_are_and_stay_where_there_are_none():
