@@ -36,8 +36,7 @@ from mllm_demo.training.tower import DENSE, Cells, dense_accuracy, dense_heads
 FAINTER = 0.8
 MIX = {"text": 0.28, "chart": 0.28, "same": 0.18, "single": 0.08, "shapes": 0.1, "objects": 0.08}
 SHARPNESS = 20.0  # of the choice among letters by cosine
-NAMES = {"aligned": 0.5}  # how much stage 0's choice among names counts; without it they fade
-WEIGHTS = {"kept": 0.5, "shown": 1.0, "told": 0.2} | NAMES | DENSE
+WEIGHTS = {"kept": 0.5, "shown": 1.0, "told": 0.2} | DENSE | {"letters": 0.5}
 
 
 class Letters:
@@ -145,14 +144,14 @@ def main() -> None:
     def measured() -> dict[str, float]:
         seen = [(see(pixels)[0], target) for pixels, target in held_out]
         told = dense_accuracy(lambda tokens: tokens, heads, seen, device)
-        return accuracy(letters, seen) | {name: told[name] for name in ("things", "several", *DENSE)}
+        return accuracy(letters, seen) | {name: told[name] for name in ("things", "several", *DENSE) if name in told}
 
     def losses_of(pixels: torch.Tensor, target: CellTargets) -> dict[str, torch.Tensor]:
         target = target.map(lambda array: array.to(device))
         tokens, as_were = see(pixels)
         losses = letters.losses(tokens.flatten(0, 1), as_were.flatten(0, 1), target.letters.flatten(0, 1))
         dense = heads(tokens, target)
-        return losses | {name: dense[name] for name in NAMES | DENSE}
+        return losses | {name: dense[name] for name in DENSE}
 
     if rank == 0 and not run.resumed:
         run.log({"step": 0, "held-out": measured()})

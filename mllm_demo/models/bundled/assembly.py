@@ -25,7 +25,8 @@ from mllm_demo.models.bundled.tower import TesseraVisionConfig
 
 IMAGE_TOKEN = "<image>"
 VISION_CONFIG = "vision_config.json"
-DETAIL = ".context.detail."  # in names of what vision files did not hold before 0.8
+# In names of what vision files did not hold before 0.10, and before 0.8.
+BRANCHES = (".context.detail.strokes.", ".context.detail.")
 VISION_PARTS = ("model.vision_tower.", "model.multi_modal_projector.")
 # ImageNet statistics, which the tower's published weights expect.
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -120,10 +121,13 @@ def save_vision(model, path: Path) -> None:
 
 def put_vision(model, state: Mapping[str, torch.Tensor]) -> None:
     """Gives `model` a tower and connector named as `vision_state` does, also those from before the tower's branch for
-    detail, which then tells nothing; raises `CheckpointError` if others are missing or unexpected."""
-    own = vision_state(model).keys()
-    detail = {name for name in own if DETAIL in name}
-    if odd_keys := (state.keys() ^ own) - (detail if detail.isdisjoint(state) else set()):
+    detail, or from before its finer part, which then tells nothing; raises `CheckpointError` if others are missing or
+    unexpected."""
+    needed = vision_state(model).keys()
+    for branch in BRANCHES:
+        if not any(branch in name for name in state):
+            needed = {name for name in needed if branch not in name}
+    if odd_keys := state.keys() ^ needed:
         raise CheckpointError(f"{min(odd_keys)} is missing or unexpected.")
     model.load_state_dict(state, strict=False)
 

@@ -1,10 +1,11 @@
-"""The bundled model's vision tower: EfficientNet-Lite0 with three strides joined and read in context.
+"""The bundled model's vision tower: EfficientNet-Lite0 with four strides joined and read in context.
 
 Architecture: Tan & Le, "EfficientNet" (arXiv:1905.11946, table 1) in the Lite variant (no squeeze-excitation,
 ReLU6, stem and head not scaled). The last stride-16 map is folded 2x2 into channels and joined with the
 stride-32 map, so each image token keeps fine detail (letters) and wide context (objects). Where the configuration has
-`num_hidden_layers`, a branch of two convolutions adds what the stride-8 map tells of smaller letters, and that many
-transformer layers then let every token look at all others (a bar at its axis, a letter at its word).
+`num_hidden_layers`, a branch of convolutions adds what the stride-8 map tells of smaller letters, and the stride-2 map
+of their strokes; that many transformer layers then let every token look at all others (a bar at its axis, a letter at
+its word).
 It knows nothing of language: what a token means is the connector's business.
 """
 
@@ -27,9 +28,11 @@ STAGES = (
     (6, 192, 4, 2, 5),
     (6, 320, 1, 1, 3),
 )
-DETAIL_STAGE, DETAIL_FOLD = 2, 4  # the last stage at a quarter of a token, and its positions along a token's side
+STROKES_STAGE, STROKES_FOLD = 0, 16  # the last stage at a sixteenth of a token, and its positions along its side
+DETAIL_STAGE, DETAIL_FOLD = 2, 4  # the last stage at a quarter of one
 FINE_STAGE, FINE_FOLD = 4, 2  # the last at half of one
-DETAIL_SIZE = DETAIL_FOLD**2 * STAGES[DETAIL_STAGE][1]
+STROKES_SIZE = STROKES_FOLD**2 * STAGES[STROKES_STAGE][1]
+DETAIL_SIZE = DETAIL_FOLD**2 * STAGES[DETAIL_STAGE][1] + STROKES_SIZE
 COARSE_SIZE = FINE_FOLD**2 * STAGES[FINE_STAGE][1] + STAGES[-1][1]
 JOINED_SIZE = COARSE_SIZE + DETAIL_SIZE
 
@@ -38,7 +41,7 @@ class TesseraVisionConfig(PretrainedConfig):
     """Shape of the tower.
 
     `image_size` in pixels; `patch_size` is the total stride, one token a patch. Without transformer layers
-    (`num_hidden_layers` 0) `hidden_size` is `JOINED_SIZE`, the width of the three maps together.
+    (`num_hidden_layers` 0) `hidden_size` is `JOINED_SIZE`, the width of the four maps together.
     """
 
     model_type = "tessera_vision"
@@ -123,23 +126,36 @@ class MBConv(nn.Module):
 
 
 class Detail(nn.Module):
-    """`[B, side * side, DETAIL_SIZE]` → `[B, side * side, hidden_size]`: what the stride-8 map tells of every token.
+    """`[B, side * side, DETAIL_SIZE]` → `[B, side * side, hidden_size]`: what the stride-8 map and, finer, the stride-2
+    map tell of every token.
 
-    Untrained it tells nothing (its last layer is zero), so a tower trained without it is the same with it.
+    Untrained it tells nothing, and trained before it knew the finer map it tells what it told (the last layer of each
+    is zero), so a tower from before it, or from before `strokes`, is the same with it.
     """
 
-    def __init__(self, config: TesseraVisionConfig, width: int = 128):
+    def __init__(self, config: TesseraVisionConfig, width: int = 128, strokes: int = 48):
         super().__init__()
-        channels = STAGES[DETAIL_STAGE][1]
+        channels, finest = STAGES[DETAIL_STAGE][1], STAGES[STROKES_STAGE][1]
         self.side = config.side
+        self.strokes = nn.Sequential(
+            nn.GroupNorm(1, finest),
+            nn.Conv2d(finest, strokes, 3, stride=2, padding=1),
+            nn.GELU(),
+            nn.Conv2d(strokes, width, 3, stride=2, padding=1),
+        )
         self.norm = nn.GroupNorm(1, channels)
         self.conv = nn.Conv2d(channels, width, 3, padding=1)
         self.down = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
         self.proj = nn.Linear(2 * width * FINE_FOLD**2, config.hidden_size)
 
+    def _map(self, tokens: torch.Tensor, fold: int) -> torch.Tensor:
+        """`[B, side * side, channels * fold * fold]` → `[B, channels, side * fold, side * fold]`."""
+        return functional.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (self.side, self.side)), fold)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = functional.pixel_shuffle(x.transpose(1, 2).unflatten(2, (self.side, self.side)), DETAIL_FOLD)
-        x = functional.gelu(self.down(functional.gelu(self.conv(self.norm(x)))))
+        eighth, half = x.split((DETAIL_SIZE - STROKES_SIZE, STROKES_SIZE), dim=-1)
+        x = self.conv(self.norm(self._map(eighth, DETAIL_FOLD))) + self.strokes(self._map(half, STROKES_FOLD))
+        x = functional.gelu(self.down(functional.gelu(x)))
         return self.proj(functional.pixel_unshuffle(x, FINE_FOLD).flatten(2).transpose(1, 2))
 
 
@@ -196,19 +212,22 @@ class TesseraVisionModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, Context):  # asked here because modules without weights of their own are passed over
-            init.zeros_(module.detail.proj.weight)
-            init.zeros_(module.detail.proj.bias)
+            for last in (module.detail.proj, module.detail.strokes[-1]):
+                init.zeros_(last.weight)
+                init.zeros_(last.bias)
 
     def joined(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """`[B, 3, image_size, image_size]` → the three maps together, without context, `[B, tokens, JOINED_SIZE]`."""
+        """`[B, 3, image_size, image_size]` → the four maps together, without context, `[B, tokens, JOINED_SIZE]`."""
         x = self.stem(pixel_values.to(self.stem.conv.weight.dtype))
         for index, stage in enumerate(self.stages):
             x = stage(x)
-            if index == DETAIL_STAGE:
+            if index == STROKES_STAGE:
+                strokes = functional.pixel_unshuffle(x, STROKES_FOLD)  # (B, 256 * 16, H/32, W/32)
+            elif index == DETAIL_STAGE:
                 detail = functional.pixel_unshuffle(x, DETAIL_FOLD)  # (B, 16 * 40, H/32, W/32)
             elif index == FINE_STAGE:
                 fine = functional.pixel_unshuffle(x, FINE_FOLD)  # (B, 4 * 112, H/32, W/32)
-        return torch.cat((fine, x, detail), dim=1).flatten(2).transpose(1, 2)
+        return torch.cat((fine, x, detail, strokes), dim=1).flatten(2).transpose(1, 2)
 
     def forward(self, pixel_values: torch.Tensor, return_dict: bool = True, **kwargs) -> BaseModelOutput:
         x = self.norm(self.context(self.joined(pixel_values)))

