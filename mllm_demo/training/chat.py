@@ -14,8 +14,8 @@ those of 16 bit alike.
 Beside the adapter learns the reader: the tower's transformer layers and the connector; the convolutions stay as they
 are. Loss: on answers, on drifting away from the language model's own speech where there is text alone, on not knowing
 where things are in the middle of the language model (see `placing`), on image tokens from which stage 0's heads can no
-longer read letters, counts, values and ranks, and on unevenly used experts. Every stage resumes from its own `last.pt`.
-It knows nothing of evaluation.
+longer read names, letters, counts, values and ranks, and on unevenly used experts. Every stage resumes from its own
+`last.pt`. It knows nothing of evaluation.
 """
 
 import argparse

@@ -42,8 +42,8 @@ from mllm_demo.training.scenes import KINDS, SPLITS, render
 from mllm_demo.training.things import COLOURS, MAX_COUNT
 
 FROZEN_STAGES = 3  # edges and textures: most of the backward cost, least to learn
-# What tokens must go on telling when they learn something else, and how much of its loss here counts there; "aligned" is
-# the choice among names.
+# What tokens must go on telling when they learn something else ("aligned": the choice among names), and how much of its
+# loss here counts there.
 DENSE = {"aligned": 0.5, "letters": 0.25, "values": 0.5, "counts": 1.0, "ranks": 0.5, "tens": 0.1}
 
 
