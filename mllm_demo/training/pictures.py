@@ -30,6 +30,7 @@ TITLES = {
     "words-4": "III, 0.6 to 0.7",
     "detail-4": "III, 0.7 to 0.8",
     "average-4": "III, 0.8 to 0.9",
+    "strokes-4": "III, 0.9 to 0.10",
     "stage2-1": "II, single LoRA",
     "stage3-1": "III, single LoRA",
 }

@@ -32,7 +32,7 @@ VISION_FILE = ASSETS / "vision.safetensors"
 ADAPTER = ASSETS / "adapter"
 # The parts that stay in full precision: small, and trained as such.
 FULL_PRECISION = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
-LAYOUT_VERSION = 2  # raise when the saved folder changes shape
+LAYOUT_VERSION = 3  # raise when the saved folder changes shape
 
 
 def _key(quantization: str) -> str:
