@@ -22,7 +22,7 @@ from mllm_demo.routing.tap import RoutingTap
 from mllm_demo.routing.trace import Token
 from mllm_demo.settings import QUANTIZATIONS
 from mllm_demo.training.conversations import IGNORED, Encoder, Sample, collate
-from mllm_demo.training.evaluate import items
+from mllm_demo.training.evaluate import PACKED, items, unpack
 from mllm_demo.training.questions import TASKS
 from mllm_demo.training.trained import HELP, load_trained
 
@@ -62,13 +62,30 @@ def choices(loaded: LoadedModel, made: list[Sample], pad: int) -> tuple[np.ndarr
 
 
 @torch.inference_mode()
-def losses(loaded: LoadedModel, made: list[Sample], pad: int) -> np.ndarray:
-    """Mean cross entropy of each item's answer tokens, float64 `[items]`."""
-    found = []
+def batches_of(loaded: LoadedModel, made: list[Sample], pad: int) -> list[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+    """What the language model reads of `made`, with pictures already looked at, because masks change nothing there, and
+    its labels, int64 `[B, T]`: a batch each."""
+    base, found = loaded.model.get_base_model(), []
     for start in range(0, len(made), BATCH):
         batch = collate(made[start : start + BATCH], pad)
-        labels = batch["labels"].to(loaded.device)
-        logits = loaded.model(**_inputs(loaded, batch), use_cache=False).logits
+        inputs = _inputs(loaded, batch)
+        embeds = base.get_input_embeddings()(inputs["input_ids"])
+        seen = base.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output
+        where = (inputs["input_ids"] == base.config.image_token_id)[..., None]
+        embeds = embeds.masked_scatter(where, torch.cat(tuple(seen)).to(embeds))
+        read = {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"]}
+        found.append((read, batch["labels"].to(loaded.device)))
+    return found
+
+
+@torch.inference_mode()
+def losses(loaded: LoadedModel, batches: list[tuple[dict[str, torch.Tensor], torch.Tensor]]) -> np.ndarray:
+    """Mean cross entropy of each item's answer tokens, float64 `[items]`."""
+    found = []
+    for read, labels in batches:
+        answered = (labels != IGNORED).any(0).nonzero()[:, 0]  # where any answer stands: the rest needs no logits
+        logits = loaded.model(**read, use_cache=False, logits_to_keep=answered).logits
+        labels = labels[:, answered]
         each = functional.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
         found.append(each.sum(1) / (labels != IGNORED).sum(1))
     return torch.cat(found).double().cpu().numpy()
@@ -91,6 +108,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the figures to this JSON file")
     options = parser.parse_args()
     loaded = load_trained(options.quantization, options.bundle)
+    if options.quantization in PACKED:
+        unpack(loaded)
     pad = loaded.processor.tokenizer.pad_token_id
     made, tasks = samples(loaded, options.art, options.split, options.items, options.seed)
     counts, sites = choices(loaded, made, pad)
@@ -101,14 +120,15 @@ def main() -> None:
 
     rng, experts = np.random.default_rng(options.seed), counts.shape[-1]
     favourite = preferred(counts, tasks)  # (tasks, sites)
-    plain = per_task(losses(loaded, made, pad), tasks)
+    batches = batches_of(loaded, made, pad)
+    plain = per_task(losses(loaded, batches), tasks)
     table = []
     for number, task in enumerate(TASKS):
         others = [(favourite[number] + rng.integers(1, experts, len(sites))) % experts for _ in range(options.controls)]
         changes = []
         for mask in (favourite[number], *others):
             with masked_experts(loaded.model, {site: [int(e)] for site, e in zip(sites, mask, strict=True)}):
-                changes.append(per_task(losses(loaded, made, pad), tasks) - plain)
+                changes.append(per_task(losses(loaded, batches), tasks) - plain)
         own, control = changes[0], np.mean(changes[1:], axis=0)
         table.append({"task": task, "loss": plain[number], "masked": own.tolist(), "random others": control.tolist()})
         rest = np.delete(own, number).mean()
