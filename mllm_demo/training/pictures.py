@@ -31,6 +31,7 @@ TITLES = {
     "detail-4": "III, 0.7 to 0.8",
     "average-4": "III, 0.8 to 0.9",
     "strokes-4": "III, 0.9 to 0.10",
+    "longer-4": "III, on from 0.10",
     "stage2-1": "II, single LoRA",
     "stage3-1": "III, single LoRA",
 }
@@ -52,7 +53,7 @@ def curves(folder: Path) -> Figure:
     runs = {name: read_curve(folder / name / "log.jsonl") for name in TITLES if (folder / name / "log.jsonl").exists()}
     shown = [name for name in LABELS if any(name in row for rows in runs.values() for row in rows)]
     rows, columns = math.ceil(len(shown) / PANELS), min(len(shown), PANELS)
-    size = (4.2 * columns, 3.2 * rows)
+    size = (4.2 * columns, 3.2 * rows + 0.7)
     figure, grid = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     axes = grid.flatten()
     for unused in axes[len(shown) :]:
@@ -76,7 +77,8 @@ def curves(folder: Path) -> Figure:
             ticks(lambda value, position: f"{value:.3g}")
         axis.tick_params(axis="y", which="both", labelsize="x-small")
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize="x-small", frameon=False)
+    labels = axes[0].get_legend_handles_labels()
+    figure.legend(*labels, loc="outside lower center", ncols=4, frameon=False, fontsize="small")
     return figure
 
 
