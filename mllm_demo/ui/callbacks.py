@@ -87,9 +87,9 @@ class Callbacks:
         busy = self.engine.status().state == "loading"
         return gr.Timer(FAST_TICK_S if busy else SLOW_TICK_S)
 
-    def refreshed(self) -> tuple:
+    def refreshed(self, request: gr.Request) -> tuple:
         status = self.engine.status()
-        return status_line(status), self.tick()
+        return status_line(status, self.sessions.last_answer(_key(request), status)), self.tick()
 
     # Asking
 
@@ -215,7 +215,7 @@ class Callbacks:
             view = empty_payload(words.no_routing(status))
         else:
             view = stream.update(event.trace, live=False, note=words.how_it_ended(event))
-        self.sessions.keep_trace(key, event.trace)
+        self.sessions.keep_answer(key, status, event)
         shown = self._answered(key, event.text, asked) if event.text else chat.remark(words.how_it_ended(event) or "…")
         return idle, [*history, shown], view, status_line(status, event), self._download(key, event.trace), ""
 

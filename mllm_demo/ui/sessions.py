@@ -1,4 +1,4 @@
-"""What the server remembers of each browser session: the running answer's stop switch, the last trace and its files.
+"""What the server remembers of each browser session: the running answer's stop switch, the last answer and its files.
 
 Conversations are not here: they live in the page of the person who has them. It knows nothing of Gradio.
 """
@@ -9,9 +9,10 @@ import tempfile
 import threading
 import weakref
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from mllm_demo.chat.events import EngineStatus, Finished
 from mllm_demo.routing.trace import RoutingTrace
 
 MAX_SESSIONS = 256
@@ -21,6 +22,7 @@ MAX_SESSIONS = 256
 class _Session:
     stop: threading.Event = field(default_factory=threading.Event)
     trace: RoutingTrace | None = None
+    finished: tuple[EngineStatus, Finished] | None = None
     folders: dict[str, Path] = field(default_factory=dict)
 
     def drop(self) -> None:
@@ -73,6 +75,19 @@ class Sessions:
     def keep_trace(self, key: str, trace: RoutingTrace | None) -> None:
         with self._lock:
             self._sessions.setdefault(key, _Session()).trace = trace
+
+    def keep_answer(self, key: str, status: EngineStatus, answer: Finished) -> None:
+        """What was answered, by the model of `status`."""
+        with self._lock:
+            session = self._sessions.setdefault(key, _Session())
+            session.trace, session.finished = answer.trace, (status, replace(answer, trace=None))
+
+    def last_answer(self, key: str, status: EngineStatus) -> Finished | None:
+        """The last answer, without its trace, if the model of `status` gave it."""
+        with self._lock:
+            session = self._sessions.get(key)
+            by, answer = session.finished if session and session.finished else (None, None)
+            return answer if by == status else None
 
     def trace(self, key: str) -> RoutingTrace | None:
         with self._lock:

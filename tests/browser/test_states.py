@@ -250,3 +250,19 @@ def test_without_shipped_assets_the_page_still_works(visit, staged, tmp_path):
     expect(page.get_by_text("Ask about a picture, and the expert that every patch")).to_be_visible()
     looking.ask(page, "hello")
     looking.wait_for_answer(page)
+
+
+def test_the_pace_of_the_last_answer_stays_until_another_model_is_there(visit, staged, monkeypatch):
+    for module in ("callbacks", "page"):
+        monkeypatch.setattr(f"mllm_demo.ui.{module}.SLOW_TICK_S", 0.5)
+    address, engine = staged()
+    page = visit(address)
+    looking.ask(page, "what is this?")
+    looking.wait_for_answer(page)
+    told, looked, status = page.get_by_role("status", name="Model"), [], engine.status
+    monkeypatch.setattr(engine, "status", lambda: looked.append(1) or status())
+    looking.until(page, lambda: len(looked) > 6)  # the page looks for itself again and again
+    expect(told).to_contain_text("tokens/s")
+    engine.title = "Another"
+    expect(told).to_contain_text("Another")
+    expect(told).not_to_contain_text("tokens/s")

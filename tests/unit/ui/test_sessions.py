@@ -2,6 +2,7 @@
 
 import pytest
 
+from mllm_demo.chat.events import EngineStatus, Finished
 from mllm_demo.ui.sessions import Sessions
 
 
@@ -45,6 +46,14 @@ def test_a_closed_tab_stops_its_answer_and_leaves_nothing(sessions):
 def test_traces_belong_to_their_session(sessions):
     sessions.keep_trace("one", "a trace")
     assert sessions.trace("two") is None
+
+
+def test_the_last_answer_is_told_only_of_the_model_that_gave_it(sessions):
+    sessions.keep_answer("one", EngineStatus("ready", "A"), Finished("Yes.", "a trace", "end", 2, 0.1, 0.5))
+    assert sessions.trace("one") == "a trace"
+    assert sessions.last_answer("one", EngineStatus("ready", "A")).tokens_per_s == 4.0
+    assert sessions.last_answer("one", EngineStatus("ready", "B")) is None
+    assert sessions.last_answer("two", EngineStatus("ready", "A")) is None
 
 
 def test_beyond_its_capacity_the_oldest_session_goes(sessions):
