@@ -21,12 +21,15 @@ from mllm_demo.training.concepts import CellTargets, cell_targets
 from mllm_demo.training.placing import NOWHERE, UNKNOWN, Mark, Place, marks, places, spelled
 from mllm_demo.training.questions import Question, ask_all
 from mllm_demo.training.scenes import SPLITS, render
+from mllm_demo.training.small_talk import replies
 from mllm_demo.training.things import Scene
 
+TALKED, TALK_WEIGHT = 0.15, 0.5  # how often talk of something else follows on a picture, and its answer's weight
 IGNORED = -100  # the label that torch's cross entropy skips
 QUOTE = '"'
 BOX = "["  # where a box begins
 TENS_WEIGHT, UNITS_WEIGHT = 4.0, 0.25
+FIRST_WEIGHT = 3.0  # of the first character that is spelled: it tells which text is meant, and the others follow
 # How often each kind of picture is talked about.
 MIX = {"single": 0.06, "same": 0.16, "objects": 0.10, "shapes": 0.12, "mixed": 0.03, "text": 0.26, "chart": 0.27}
 # Answers of which one token tells everything weigh more: elsewhere it is outnumbered.
@@ -117,6 +120,8 @@ class Encoder:
         """Between every answer and every token weighing alike: one over the root of an answer's length. Of a box's
         edges, the first digits are all there is to learn, and the units beyond what the picture tells."""
         weights = [len(reply) ** -0.5] * len(reply)
+        if answer.count(QUOTE) > 1:
+            weights[len(self._ids(answer[: answer.index(QUOTE) + 1]))] *= FIRST_WEIGHT
         if BOX in answer:
             for index, (before, token) in enumerate(pairwise(reply), start=1):
                 if token in self._digits:
@@ -128,6 +133,22 @@ class Encoder:
         ids = torch.tensor(self._tokenize(text))
         known = torch.tensor([NOWHERE] * len(ids))
         return Sample(ids, torch.full_like(ids, IGNORED), torch.zeros(len(ids)), None, known, is_text=True)
+
+    def and_then(self, sample: Sample, text: str) -> Sample:
+        """`sample` and the first question and answer of `text`, markup included, as what is said next; an answer that
+        is cut short has no end to learn."""
+        ids = self._tokenize(text)
+        start = ids.index(self.end[0]) + len(self.between)
+        ids = ids[: 1 + next((i for i, token in enumerate(ids) if i >= start and token == self.end[0]), len(ids))]
+        answer = ids[start:]
+        labels = [IGNORED] * (start - 1) + answer + [IGNORED]
+        weights = [0.0] * (start - 1) + [TALK_WEIGHT * len(answer) ** -0.5] * len(answer) + [0.0]
+        return replace(
+            sample, input_ids=torch.cat((sample.input_ids, torch.tensor(ids))),
+            labels=torch.cat((sample.labels, torch.tensor(labels))),
+            weights=torch.cat((sample.weights, torch.tensor(weights))),
+            places=torch.cat((sample.places, torch.tensor([NOWHERE] * len(ids)))),
+        )  # fmt: skip
 
     def encode(
         self,
@@ -166,7 +187,8 @@ class Encoder:
 
 
 class Conversations(Dataset):
-    """Picture number `start + i` of a split with up to `most` questions; some samples are text alone."""
+    """Picture number `start + i` of a split with up to `most` questions, some followed by talk of something else; some
+    samples are text alone."""
 
     def __init__(
         self,
@@ -184,6 +206,7 @@ class Conversations(Dataset):
         self.art_folder, self.split, self.seed, self.count = art_folder, SPLITS[split], seed, count
         self.encoder, self.most, self.start = encoder, most, start
         self.texts, self.text_share = texts, text_share
+        self.replies = replies(texts)
 
     def __len__(self) -> int:
         return self.count
@@ -202,7 +225,10 @@ class Conversations(Dataset):
         turns = [(question.prompt, question.answer) for question in questions]
         turn_weights = [TASK_WEIGHTS.get(question.task, 1.0) for question in questions]
         cells = cell_targets(scene, math.isqrt(len(self.encoder.image))).map(torch.from_numpy)
-        return replace(self.encoder.encode(turns, pixels, scene, turn_weights), cells=cells)
+        sample = replace(self.encoder.encode(turns, pixels, scene, turn_weights), cells=cells)
+        if self.replies and rng.random() < TALKED:
+            sample = self.encoder.and_then(sample, self.replies[rng.integers(len(self.replies))])
+        return sample
 
 
 def collate(samples: list[Sample], pad: int) -> dict[str, torch.Tensor]:

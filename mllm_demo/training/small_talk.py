@@ -39,6 +39,11 @@ EACH = {"chat": 480, "prose": 640, "reply": 480}  # how many texts of each kind
 LENGTH, BATCH = 96, 80
 
 
+def replies(made: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of the `texts` that are made which begin with one of `PROMPTS` and the language model's answer to it."""
+    return made[len(made) - EACH["reply"] :] if len(made) == sum(EACH.values()) else ()
+
+
 @torch.no_grad()
 def texts(model, processor, file: Path) -> tuple[str, ...]:
     """Chats and prose sampled from the base `model` at temperature 1, as it writes them; made once, kept in `file`."""

@@ -6,9 +6,12 @@
 
 Stage 0 has cells of one letter look, to the language model, like that letter, and leaves those of several letters to
 be worked out, which the language model never did: with two letters in any cell, 1 of 50 held-out words was read, else
-96 of 150. Here such a cell is to look like the sum of its letters, each counting `FAINTER` times the one before it,
-in the directions that tell letters, and like the token it was in all others; every other token is to stay near what it
-was. Stage 0's dense heads are taken up again beside that, so that letters, counts, values and ranks can be read off
+96 of 150. Here such a cell is to look like the sum of its letters, each counting `FAINTER` times the one before it.
+The same with what questions pick out of a chart by: asked for the largest part or the red one, the language model named
+any, though linear heads told ranks from the parts' tokens. So a cell of a chart's label is to look like its part's
+colour, too, and like " largest" or " smallest" where that is so, and the middle of one of several things like their
+number. In all directions but those of these words such a token is to stay what it was, and every other token near it.
+Stage 0's dense heads are taken up again beside that, so that letters, counts, values, ranks and colours can be read off
 every token, and its choice among names.
 Only the tower's transformer layers, the connector and those heads learn; the language model takes no part. It knows
 nothing of conversations.
@@ -28,45 +31,83 @@ from mllm_demo.models.bundled.weights import ADAPTER, ASSETS, VISION_FILE
 from mllm_demo.training import art
 from mllm_demo.training.base import build_model, read_heads, save_heads
 from mllm_demo.training.chat import reader_of
-from mllm_demo.training.concepts import LETTER_SLOTS, CellTargets
+from mllm_demo.training.concepts import LETTER_SLOTS, UNKNOWN, CellTargets
 from mllm_demo.training.lettering import CHARACTERS
 from mllm_demo.training.runs import Run, add_flags, begin, leave_processes, teach
+from mllm_demo.training.things import COLOURS
 from mllm_demo.training.tower import DENSE, Cells, dense_accuracy, dense_heads
 
 FAINTER = 0.8
+# What a token is to look like beside its letters, and how much of its word's embedding (the mean, where there are
+# several) it holds.
+EXTREMES = ((" largest", " highest", " greatest"), (" smallest", " lowest", " least"))
+NUMBERS = (" two", " three", " four", " five", " six")
+WORDS = (*((f" {colour}",) for colour in COLOURS), *EXTREMES, *((number,) for number in NUMBERS))
+SHARE, NUMBER_SHARE = 0.7, 0.5
 MIX = {"text": 0.28, "chart": 0.28, "same": 0.18, "single": 0.08, "shapes": 0.1, "objects": 0.08}
 SHARPNESS = 20.0  # of the choice among letters by cosine
+# Letters twice what they weigh beside the language model: they are what this is for.
 WEIGHTS = {"kept": 0.5, "shown": 1.0, "told": 0.2} | DENSE | {"letters": 0.5}
 
 
-class Letters:
-    """What tokens should be. `table` [letters, width]: the language model's embeddings of `CHARACTERS`."""
+def word_embeddings(embeddings: torch.Tensor, tokenizer) -> torch.Tensor:
+    """`embeddings [vocab, width]` → of `WORDS`, `[words, width]`."""
 
-    def __init__(self, table: torch.Tensor):
-        self.table = table
-        self.directions = torch.linalg.qr(table.T).Q  # [width, letters]
+    def of(word: str) -> torch.Tensor:
+        return embeddings[tokenizer(word, add_special_tokens=False).input_ids].float().mean(0)
+
+    return torch.stack([torch.stack([of(word) for word in group]).mean(0) for group in WORDS])
+
+
+class Letters:
+    """What tokens should be. `table` [letters, width], `words` [words, width]: the language model's embeddings of
+    `CHARACTERS` and of `WORDS`."""
+
+    def __init__(self, table: torch.Tensor, words: torch.Tensor):
+        self.told = torch.cat((table, words))
+        self.directions = torch.linalg.qr(self.told.T).Q  # [width, letters + words]
         self.unit = functional.normalize(table, dim=-1)
         self.weights = FAINTER ** torch.arange(LETTER_SLOTS, device=table.device, dtype=table.dtype)
 
     def shares(self, letters: torch.Tensor) -> torch.Tensor:
         """int64 `[cells, LETTER_SLOTS]` → how much each letter counts, `[cells, letters]`."""
-        slots = functional.one_hot(letters, 1 + len(CHARACTERS))[..., 1:].to(self.table)
+        slots = functional.one_hot(letters, 1 + len(CHARACTERS))[..., 1:].to(self.told)
         return (self.weights[:, None] * slots).sum(1)
 
-    def wanted(self, former: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
-        """`former` tokens `[cells, width]` with nothing but the letters of `shares` in the directions of letters."""
-        return former - former @ self.directions @ self.directions.T + shares @ self.table
+    def words(self, target: CellTargets) -> torch.Tensor:
+        """`target` of cells `[cells, ...]` → how much of each word they are to hold, `[cells, words]`."""
+        labelled = (target.letters > 0).any(-1) & (target.values != UNKNOWN)
+        number = torch.where(target.centred > 0, target.counts, 0).clamp(min=0)
+        held = (
+            SHARE * self._one_hot(target.colours.masked_fill(~labelled, UNKNOWN), len(COLOURS)),
+            SHARE * (labelled[:, None] & (target.ranks == 0)),
+            NUMBER_SHARE * self._one_hot(number - 1, len(NUMBERS)),
+        )
+        return torch.cat(held, -1).to(self.told)
 
-    def losses(self, tokens: torch.Tensor, former: torch.Tensor, letters: torch.Tensor) -> dict[str, torch.Tensor]:
+    @staticmethod
+    def _one_hot(index: torch.Tensor, count: int) -> torch.Tensor:
+        """As torch's, with nothing for negative numbers."""
+        return functional.one_hot(index.clamp(min=-1) + 1, 1 + count)[..., 1:]
+
+    def wanted(self, former: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+        """`former` tokens `[cells, width]` with nothing but `shares` `[cells, letters + words]` in the directions of
+        letters and words."""
+        return former - former @ self.directions @ self.directions.T + shares @ self.told
+
+    def losses(self, tokens: torch.Tensor, former: torch.Tensor, target: CellTargets) -> dict[str, torch.Tensor]:
         """`tokens`, `former` `[cells, width]`: mean squared errors, in units of the embeddings' variance, of tokens to
-        be kept and of those that show several letters, and how far the latter are from telling which."""
-        several = (letters > 0).sum(-1) > 1
-        shares = self.shares(letters[several])
-        off = (tokens[several] - self.wanted(former[several], shares)).square().sum()
+        be kept and of those that show several letters or hold a word, and how far the former are from telling which."""
+        letters, words = self.shares(target.letters), self.words(target)
+        several = (target.letters > 0).sum(-1) > 1
+        changed = several | (words > 0).any(-1)
+        shares = torch.cat((letters, words), -1)[changed]
+        off = (tokens[changed] - self.wanted(former[changed], shares)).square().sum()
         choice = functional.log_softmax(SHARPNESS * functional.normalize(tokens[several], dim=-1) @ self.unit.T, -1)
-        size = self.table.var() * tokens.shape[-1] * several.sum().clamp(min=1)
-        told = -(choice * shares / shares.sum(-1, keepdim=True)).sum() / several.sum().clamp(min=1)
-        kept = (tokens[~several] - former[~several]).square().mean() / self.table.var()
+        size = self.told.var() * tokens.shape[-1] * changed.sum().clamp(min=1)
+        shares = letters[several] / letters[several].sum(-1, keepdim=True)
+        told = -(choice * shares).sum() / several.sum().clamp(min=1)
+        kept = (tokens[~changed] - former[~changed]).square().mean() / self.told.var()
         return {"kept": kept, "shown": off / size, "told": told}
 
     def read(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -80,7 +121,7 @@ def accuracy(letters: Letters, batches: list[tuple[torch.Tensor, CellTargets]]) 
     most; both of two different ones shown most; in their order."""
     hits: dict[str, list[torch.Tensor]] = {"single": [], "both": [], "in order": []}
     for tokens, target in batches:
-        tokens, held = tokens.flatten(0, 1), target.letters.flatten(0, 1).to(letters.table.device)
+        tokens, held = tokens.flatten(0, 1), target.letters.flatten(0, 1).to(tokens.device)
         count, shown = (held > 0).sum(-1), letters.read(tokens)
         first, second = held[:, 0] - 1, held[:, 1] - 1
         pair = (count == 2) & (first != second)
@@ -107,7 +148,8 @@ def main() -> None:
     load_vision(model, options.init / VISION_FILE.name)
     of_init = read_heads(options.init)
     heads = dense_heads(model, processor, device, of_init["dense"])
-    letters = Letters(heads.table[-len(CHARACTERS) :])
+    words = word_embeddings(model.get_input_embeddings().weight.detach(), processor.tokenizer)
+    letters = Letters(heads.table[-len(CHARACTERS) :], words.to(device))
     model.requires_grad_(False)
     tower = model.model.vision_tower.to(device, memory_format=torch.channels_last)
     reader = reader_of(model).to(device)
@@ -144,12 +186,14 @@ def main() -> None:
     def measured() -> dict[str, float]:
         seen = [(see(pixels)[0], target) for pixels, target in held_out]
         told = dense_accuracy(lambda tokens: tokens, heads, seen, device)
-        return accuracy(letters, seen) | {name: told[name] for name in ("things", "several", *DENSE) if name in told}
+        shown = ("things", "several", "labels", *DENSE)
+        return accuracy(letters, seen) | {name: told[name] for name in shown if name in told}
 
     def losses_of(pixels: torch.Tensor, target: CellTargets) -> dict[str, torch.Tensor]:
         target = target.map(lambda array: array.to(device))
         tokens, as_were = see(pixels)
-        losses = letters.losses(tokens.flatten(0, 1), as_were.flatten(0, 1), target.letters.flatten(0, 1))
+        cells = target.map(lambda array: array.flatten(0, 1))
+        losses = letters.losses(tokens.flatten(0, 1), as_were.flatten(0, 1), cells)
         dense = heads(tokens, target)
         return losses | {name: dense[name] for name in DENSE}
 

@@ -44,7 +44,8 @@ from mllm_demo.training.things import COLOURS, MAX_COUNT
 FROZEN_STAGES = 3  # edges and textures: most of the backward cost, least to learn
 # What tokens must go on telling when they learn something else ("aligned": the choice among names), and how much of its
 # loss here counts there.
-DENSE = {"aligned": 0.5, "letters": 0.25, "values": 0.5, "counts": 1.0, "ranks": 0.5, "tens": 0.1}
+DENSE = {"aligned": 0.5, "letters": 0.25, "values": 0.5, "counts": 1.0, "ranks": 0.5, "colours": 0.5, "tens": 0.1}
+LABELLED = 6.0  # how much a cell of a chart's label counts where its part is to be told: it is one of a dozen
 
 
 class Cells(Dataset):
@@ -113,6 +114,15 @@ class DenseHeads(nn.Module):
                 return logits.sum() * 0
             return functional.cross_entropy(logits.flatten(0, -2), wanted.flatten(), weights, ignore_index=UNKNOWN)
 
+        def of_parts(logits, wanted):
+            """The mean over cells of a chart's parts, `wanted` int64 `[B, cells, fields]`."""
+            each = functional.cross_entropy(
+                logits.flatten(0, -2), wanted.flatten(), ignore_index=UNKNOWN, reduction="none"
+            ).view_as(wanted)
+            labels = (target.letters > 0).any(-1, keepdim=True)
+            shares = (1 + (LABELLED - 1) * labels) * (wanted != UNKNOWN)
+            return (each * shares).sum() / shares.sum().clamp(min=1)
+
         known = target.centred > 0
         boxed = ~target.boxes.isnan().any(-1)
         wanted = self.table[target.centred[known]]
@@ -127,10 +137,10 @@ class DenseHeads(nn.Module):
             "boxes": 10 * (boxes.sigmoid()[boxed] - target.boxes[boxed]).abs().mean(),
             "tens": cross_entropy(tens, digits[..., 0]),
             "units": 0.3 * cross_entropy(units, digits[..., 1]),
-            "values": 0.4 * cross_entropy(values, target.values),
-            "colours": 0.4 * cross_entropy(colours, target.colours),
+            "values": 0.4 * of_parts(values, target.values[..., None]),
+            "colours": 0.4 * of_parts(colours, target.colours[..., None]),
             "counts": 0.4 * cross_entropy(counts, target.counts, self.count_weights),
-            "ranks": 0.4 * cross_entropy(ranks.unflatten(-1, (2, RANKS)), target.ranks),
+            "ranks": 0.4 * of_parts(ranks.unflatten(-1, (2, RANKS)), target.ranks),
         }
 
 
@@ -146,7 +156,8 @@ def dense_heads(model, processor, device: torch.device, taught: dict | None = No
 @torch.no_grad()
 def dense_accuracy(see, heads: DenseHeads, loader: DataLoader, device: torch.device) -> dict[str, float]:
     """Shares on held-out pictures: cells with a thing and empty cells named right, letters right, boxes with an
-    intersection over union of 0.5, values within 5 % of the range, colours, counts (all; above one), ranks."""
+    intersection over union of 0.5, values within 5 % of the range, colours, counts (all; above one), ranks (all;
+    both in cells of labels)."""
     hits: dict[str, list[torch.Tensor]] = {}
     for pixels, target in loader:
         target = target.map(lambda array: array.to(device))
@@ -158,6 +169,8 @@ def dense_accuracy(see, heads: DenseHeads, loader: DataLoader, device: torch.dev
         near = (values.argmax(-1) - target.values).abs() <= 0.05 * (VALUE_BINS - 1)
         counted = counts.argmax(-1) == target.counts
         first, second = boxes.sigmoid()[boxed], target.boxes[boxed]
+        ranked = ranks.unflatten(-1, (2, RANKS)).argmax(-1) == target.ranks
+        labels = (target.letters > 0).any(-1) & (target.values != UNKNOWN)
         tens, units = (logits.argmax(-1) for logits in heads.box_digits(tokens[boxed]))
         written = (10 * tens + units) / 100
         for name, right in {
@@ -171,7 +184,8 @@ def dense_accuracy(see, heads: DenseHeads, loader: DataLoader, device: torch.dev
             "colours": (colours.argmax(-1) == target.colours)[target.colours != UNKNOWN],
             "counts": counted[target.counts != UNKNOWN],
             "several": counted[target.counts > 0],
-            "ranks": (ranks.unflatten(-1, (2, RANKS)).argmax(-1) == target.ranks)[target.ranks != UNKNOWN],
+            "ranks": ranked[target.ranks != UNKNOWN],
+            "labels": ranked.all(-1)[labels],
         }.items():
             hits.setdefault(name, []).append(right.flatten())
     return {name: round(torch.cat(parts).float().mean().item(), 4) for name, parts in hits.items()}

@@ -13,9 +13,18 @@ from transformers import PreTrainedTokenizerFast
 from mllm_demo.models.bundled.assembly import CHAT_TEMPLATE
 from mllm_demo.training import conversations
 from mllm_demo.training.concepts import cell_targets
-from mllm_demo.training.conversations import IGNORED, TENS_WEIGHT, UNITS_WEIGHT, Conversations, Encoder, collate
+from mllm_demo.training.conversations import (
+    FIRST_WEIGHT,
+    IGNORED,
+    TENS_WEIGHT,
+    UNITS_WEIGHT,
+    Conversations,
+    Encoder,
+    collate,
+)
 from mllm_demo.training.placing import UNKNOWN
 from mllm_demo.training.questions import Question
+from mllm_demo.training.small_talk import EACH
 from mllm_demo.training.things import Scene, Thing
 
 
@@ -66,7 +75,7 @@ def test_labels_are_the_answers_and_their_ends_shifted_by_one(encoder):
 
 
 def test_an_answer_weighs_as_the_root_of_its_length(encoder):
-    sample = encoder.encode(TURNS, None)
+    sample = encoder.encode([("What is it?", "An oak tree."), TURNS[1]], None)
     kept = sample.labels != IGNORED
     assert (sample.weights[~kept] == 0).all()
     ends = (sample.labels == encoder.tokenizer.convert_tokens_to_ids("<|im_end|>")).nonzero().flatten()
@@ -74,6 +83,16 @@ def test_an_answer_weighs_as_the_root_of_its_length(encoder):
     for start, end in zip(starts, ends, strict=True):
         weights = sample.weights[start : end + 1][kept[start : end + 1]]
         assert torch.allclose(weights, weights[0]) and weights.sum() == pytest.approx(len(weights) ** 0.5)
+
+
+def test_the_first_character_that_is_spelled_weighs_most_because_it_tells_which_text_is_meant(encoder):
+    sample = encoder.encode(TURNS, None)
+    kept = sample.labels != IGNORED
+    tokens = encoder.tokenizer.convert_ids_to_tokens(sample.labels[kept])
+    weights = sample.weights[kept] / sample.weights[kept][0]
+    answer = tokens.index("<|im_end|>")
+    assert [tokens[i] for i in range(answer) if weights[i] > 1] == ["o"]
+    assert weights[tokens.index("o")] == pytest.approx(FIRST_WEIGHT)
 
 
 def test_first_digits_of_a_box_weigh_most_and_its_units_least_but_not_those_of_a_value(encoder):
@@ -145,6 +164,35 @@ def test_text_alone_is_read_as_it_is_and_has_no_answers(encoder):
     assert "oak" in tokens and tokens[0] == "<|im_start|>"
     assert (sample.labels == IGNORED).all()
     assert collate([sample, encoder.encode(TURNS, None)], pad=7)["is_text"].tolist() == [True, False]
+
+
+REPLY = "<|im_start|>user\nHi!<|im_end|>\n<|im_start|>assistant\nOak"
+
+
+@pytest.mark.parametrize("rest, learned", [("", "Oak"), ("<|im_end|>\n<|im_start|>user\nBye", "Oak<|im_end|>")])
+def test_talk_of_something_else_follows_as_the_template_writes_it_and_its_answer_is_learned(encoder, rest, learned):
+    sample = encoder.encode(TURNS, torch.zeros(3, 2, 2))
+    longer = encoder.and_then(sample, REPLY + rest)
+    first = len(sample.input_ids)
+    assert torch.equal(longer.input_ids[:first], sample.input_ids)
+    assert encoder.tokenizer.decode(longer.input_ids[first:]) == REPLY[:-3] + learned
+    kept = longer.labels != IGNORED
+    assert encoder.tokenizer.decode(longer.labels[first:][kept[first:]]) == learned
+    assert torch.equal(longer.labels[:-1][kept[:-1]], longer.input_ids[1:][kept[:-1]])
+    assert torch.equal(kept, longer.weights > 0) and len(longer.places) == len(longer.input_ids)
+
+
+def test_talk_of_something_else_follows_some_pictures_and_is_what_answers_a_prompt(encoder, art, monkeypatch):
+    asked = [Question("naming", "What is this?", "This is a cat.", "cat")]
+    pixels = SimpleNamespace(pixel_values=[torch.zeros(3, 2, 2)])
+    monkeypatch.setattr(encoder.processor, "image_processor", lambda image, return_tensors: pixels, raising=False)
+    monkeypatch.setattr(conversations, "ask_all", lambda rng, scene, most: asked)
+    monkeypatch.setattr(conversations.art, "load", lambda folder: art)
+    others = EACH["chat"] + EACH["prose"]
+    talk = ("prose",) * others + (REPLY,) * EACH["reply"]
+    drawn = Conversations(Path("unused"), "train", 0, 60, encoder, texts=talk, text_share=0.0)
+    talked = ["Hi!" in encoder.tokenizer.decode(drawn[index].input_ids) for index in range(60)]
+    assert 2 <= sum(talked) <= 20
 
 
 def test_a_picture_that_allows_no_question_gives_way_to_another(encoder, art, monkeypatch):

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
-from mllm_demo.training.concepts import CONCEPTS, DIGITS, UNKNOWN, CellTargets, box_digits, cell_targets
+from mllm_demo.training.concepts import CONCEPTS, DIGITS, UNKNOWN, VALUE_BINS, CellTargets, box_digits, cell_targets
 from mllm_demo.training.questions import ask
 from mllm_demo.training.scenes import HELD_OUT, render
-from mllm_demo.training.tower import DENSE, DenseHeads, overlap
+from mllm_demo.training.tower import DENSE, LABELLED, DenseHeads, overlap
 
 WIDTH, SIDE = 32, 12
 
@@ -79,6 +80,22 @@ def test_what_later_steps_keep_is_a_number_for_every_kind_of_picture_and_teaches
     losses = heads(tokens, target_of(art, kind))
     sum(weight * losses[name] for name, weight in DENSE.items()).backward()
     assert tokens.grad.isfinite().all() and tokens.grad.abs().sum() > 0
+
+
+def test_a_cell_of_a_label_counts_as_several_other_cells_of_its_part(art):
+    heads, target = DenseHeads(WIDTH, torch.randn(len(CONCEPTS), WIDTH)), target_of(art, "chart")
+    known, labels = target.values != UNKNOWN, (target.letters > 0).any(-1)
+    logits = torch.zeros(1, SIDE**2, VALUE_BINS)
+    right, lost = {}, torch.tensor(VALUE_BINS).log()
+    for name, told in {"labels": known & labels, "others": known & ~labels}.items():
+        sure = torch.where(told[..., None], 100 * functional.one_hot(target.values.clamp(min=0), VALUE_BINS), logits)
+        heads.predictions = lambda tokens, sure=sure: (
+            *DenseHeads.predictions(heads, tokens)[:3], sure, *DenseHeads.predictions(heads, tokens)[4:]
+        )  # fmt: skip
+        right[name] = heads(torch.randn(1, SIDE**2, WIDTH), target)["values"] / (0.4 * lost)  # the share not told
+    count, others = LABELLED * (known & labels).sum(), (known & ~labels).sum()
+    assert right["labels"].item() == pytest.approx((others / (count + others)).item(), abs=1e-4)
+    assert right["others"].item() == pytest.approx((count / (count + others)).item(), abs=1e-4)
 
 
 def test_overlap_is_intersection_over_union():
