@@ -2,13 +2,14 @@
 
 Image tokens tell their row and column, and answers about places need them; but a language model that has only answers
 to learn from takes very long to carry a column from a patch to the word that it answers with. So a linear head, thrown
-away afterwards, reads one of its middle layers: at every word or label that picks something out, before every edge of
-a box and before every character that is spelled, it must tell where that thing is and what it is worth in a chart; at
-a plural, how many there are. It knows nothing of tokens or of how questions are asked.
+away afterwards, reads one of its middle layers: at every word or label that picks something out ("largest value", too),
+before every edge of a box and before every character that is spelled, it must tell where that thing is and what it is
+worth in a chart; at a plural, how many there are. It knows nothing of tokens or of how questions are asked.
 """
 
 import re
 from dataclasses import dataclass
+from operator import itemgetter
 
 import torch
 from torch import nn
@@ -25,6 +26,7 @@ NOWHERE = (UNKNOWN,) * len(SIZES)
 FIELDS = {"columns": (0, 2), "rows": (1, 3), "values": (4,), "counts": (5,)}
 # Labels that are words of questions, too, are not told from them.
 _COMMON = frozenset(re.findall(r"[a-z]+", " ".join(sum(PHRASINGS.values(), ())).lower()))
+EXTREMES = {"largest value": max, "smallest value": min}  # of a chart, as answers call them
 _BOX = re.compile(r"\[[\d\s,]+\]")
 _EDGE = re.compile(r"\d+")
 
@@ -62,6 +64,9 @@ def places(scene: Scene) -> dict[str, Place]:
         for label, value, region in zip(chart.labels, chart.values, chart.regions, strict=True):
             if label not in _COMMON:
                 found[label] = place_of(scene, region, percent(value, chart.top) // 10)
+        for words, choose in EXTREMES.items():
+            value, region = choose(zip(chart.values, chart.regions, strict=True), key=itemgetter(0))
+            found[words] = place_of(scene, region, percent(value, chart.top) // 10)
     return found
 
 

@@ -38,11 +38,12 @@ def test_words_tell_a_place_only_if_they_pick_one_thing_out_and_plurals_tell_how
     assert found["stars"] == (*NOWHERE[:5], 2) and found["dogs"][5] == 1
 
 
-def test_a_label_tells_its_region_and_value_unless_questions_use_the_word_themselves():
+def test_labels_tell_their_region_and_value_unless_questions_use_the_word_and_so_do_extremes():
     regions = ((0, 0, 100, 200), (100, 0, 200, 200))
     chart = Chart("bar", ("oak", "value"), (7, 3), (None, None), 10, regions)
     found = places(Scene(IMAGE, (), chart=chart))
-    assert found == {"oak": (0, 0, 5, 10, 7, UNKNOWN)}
+    first, second = (0, 0, 5, 10, 7, UNKNOWN), (5, 0, 10, 10, 3, UNKNOWN)
+    assert found == {"oak": first, "largest value": first, "smallest value": second}
 
 
 def test_marks_end_with_the_mention_and_precede_every_edge_of_a_box_of_the_last_one():
