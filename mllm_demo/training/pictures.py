@@ -32,6 +32,8 @@ TITLES = {
     "average-4": "III, 0.8 to 0.9",
     "strokes-4": "III, 0.9 to 0.10",
     "longer-4": "III, on from 0.10",
+    "labels-4": "III, on from new tokens",
+    "extremes-4": "III, values before labels",
     "stage2-1": "II, single LoRA",
     "stage3-1": "III, single LoRA",
 }
