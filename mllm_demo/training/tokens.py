@@ -9,8 +9,8 @@ be worked out, which the language model never did: with two letters in any cell,
 96 of 150. Here such a cell is to look like the sum of its letters, each counting `FAINTER` times the one before it.
 The same with what questions pick out of a chart by: asked for the largest part or the red one, the language model named
 any, though linear heads told ranks from the parts' tokens. So a cell of a chart's label is to look like its part's
-colour, too, and like " largest" or " smallest" where that is so, and the middle of one of several things like their
-number. In all directions but those of these words such a token is to stay what it was, and every other token near it.
+colour, too, and like what tells " largest" from " smallest" where it is one of them. In all directions but those of
+letters and these words such a token is to stay what it was, and every other token near it.
 Stage 0's dense heads are taken up again beside that, so that letters, counts, values, ranks and colours can be read off
 every token, and its choice among names.
 Only the tower's transformer layers, the connector and those heads learn; the language model takes no part. It knows
@@ -38,12 +38,9 @@ from mllm_demo.training.things import COLOURS
 from mllm_demo.training.tower import DENSE, Cells, dense_accuracy, dense_heads
 
 FAINTER = 0.8
-# What a token is to look like beside its letters, and how much of its word's embedding (the mean, where there are
-# several) it holds.
+# What cells of labels are to look like beside their letters, and how much of a word's embedding they hold.
 EXTREMES = ((" largest", " highest", " greatest"), (" smallest", " lowest", " least"))
-NUMBERS = (" two", " three", " four", " five", " six")
-WORDS = (*((f" {colour}",) for colour in COLOURS), *EXTREMES, *((number,) for number in NUMBERS))
-SHARE, NUMBER_SHARE = 0.7, 0.5
+SHARE = 0.7
 MIX = {"text": 0.28, "chart": 0.28, "same": 0.18, "single": 0.08, "shapes": 0.1, "objects": 0.08}
 SHARPNESS = 20.0  # of the choice among letters by cosine
 # Letters twice what they weigh beside the language model: they are what this is for.
@@ -51,21 +48,29 @@ WEIGHTS = {"kept": 0.5, "shown": 1.0, "told": 0.2} | DENSE | {"letters": 0.5}
 
 
 def word_embeddings(embeddings: torch.Tensor, tokenizer) -> torch.Tensor:
-    """`embeddings [vocab, width]` → of `WORDS`, `[words, width]`."""
+    """`embeddings [vocab, width]` → of `COLOURS` and of the two `EXTREMES`, `[words, width]`.
 
-    def of(word: str) -> torch.Tensor:
-        return embeddings[tokenizer(word, add_special_tokens=False).input_ids].float().mean(0)
+    The extremes' own embeddings are alike (cosine 0.78), so theirs are what sets them apart, made as long as they are.
+    """
 
-    return torch.stack([torch.stack([of(word) for word in group]).mean(0) for group in WORDS])
+    def of(words) -> torch.Tensor:
+        return torch.stack(
+            [embeddings[tokenizer(word, add_special_tokens=False).input_ids].float().mean(0) for word in words]
+        )
+
+    extremes = torch.stack([of(group).mean(0) for group in EXTREMES])
+    apart = functional.normalize(extremes - extremes.mean(0), dim=-1) * extremes.norm(dim=-1, keepdim=True)
+    return torch.cat((of(f" {colour}" for colour in COLOURS), apart))
 
 
 class Letters:
     """What tokens should be. `table` [letters, width], `words` [words, width]: the language model's embeddings of
-    `CHARACTERS` and of `WORDS`."""
+    `CHARACTERS`, and what `word_embeddings` says."""
 
     def __init__(self, table: torch.Tensor, words: torch.Tensor):
         self.told = torch.cat((table, words))
-        self.directions = torch.linalg.qr(self.told.T).Q  # [width, letters + words]
+        # One extreme is the other turned round, so both have one direction.
+        self.directions = torch.linalg.qr(self.told[:-1].T).Q  # [width, letters + words - 1]
         self.unit = functional.normalize(table, dim=-1)
         self.weights = FAINTER ** torch.arange(LETTER_SLOTS, device=table.device, dtype=table.dtype)
 
@@ -77,18 +82,8 @@ class Letters:
     def words(self, target: CellTargets) -> torch.Tensor:
         """`target` of cells `[cells, ...]` → how much of each word they are to hold, `[cells, words]`."""
         labelled = (target.letters > 0).any(-1) & (target.values != UNKNOWN)
-        number = torch.where(target.centred > 0, target.counts, 0).clamp(min=0)
-        held = (
-            SHARE * self._one_hot(target.colours.masked_fill(~labelled, UNKNOWN), len(COLOURS)),
-            SHARE * (labelled[:, None] & (target.ranks == 0)),
-            NUMBER_SHARE * self._one_hot(number - 1, len(NUMBERS)),
-        )
-        return torch.cat(held, -1).to(self.told)
-
-    @staticmethod
-    def _one_hot(index: torch.Tensor, count: int) -> torch.Tensor:
-        """As torch's, with nothing for negative numbers."""
-        return functional.one_hot(index.clamp(min=-1) + 1, 1 + count)[..., 1:]
+        colours = functional.one_hot(target.colours.clamp(min=-1) + 1, 1 + len(COLOURS))[:, 1:]
+        return SHARE * torch.cat((colours, target.ranks == 0), -1).to(self.told) * labelled[:, None]
 
     def wanted(self, former: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
         """`former` tokens `[cells, width]` with nothing but `shares` `[cells, letters + words]` in the directions of

@@ -1,14 +1,17 @@
 """Cells of several letters are to look like all of them, the first one most, those of a chart's label like its part's
-colour and rank, too, the middle of one of several things like their number, and each like what it was otherwise."""
+colour and extreme, too, and each like what it was otherwise."""
+
+from types import SimpleNamespace
 
 import torch
 
 from mllm_demo.training.concepts import LETTER_SLOTS, UNKNOWN, CellTargets
 from mllm_demo.training.lettering import CHARACTERS
 from mllm_demo.training.things import COLOURS
-from mllm_demo.training.tokens import FAINTER, NUMBER_SHARE, NUMBERS, SHARE, WORDS, Letters
+from mllm_demo.training.tokens import EXTREMES, FAINTER, SHARE, Letters, word_embeddings
 
 WIDTH = 96
+WORDS = len(COLOURS) + 2
 A, B = (1 + CHARACTERS.index(letter) for letter in "ab")
 
 
@@ -28,12 +31,13 @@ def target(letters: torch.Tensor, **fields: torch.Tensor) -> CellTargets:
 
 def made() -> Letters:
     torch.manual_seed(0)
-    return Letters(torch.randn(len(CHARACTERS), WIDTH), torch.randn(len(WORDS), WIDTH))
+    words = torch.randn(WORDS - 1, WIDTH)
+    return Letters(torch.randn(len(CHARACTERS), WIDTH), torch.cat((words, -words[-1:])))
 
 
 def in_full(shares: torch.Tensor) -> torch.Tensor:
     """Of letters, with no share of any word."""
-    return torch.nn.functional.pad(shares, (0, len(WORDS)))
+    return torch.nn.functional.pad(shares, (0, WORDS))
 
 
 def test_the_first_letter_counts_most_and_a_double_one_twice():
@@ -48,8 +52,8 @@ def test_what_is_wanted_differs_from_what_was_in_the_directions_of_letters_alone
     across = torch.eye(WIDTH) - letters.directions @ letters.directions.T
     torch.testing.assert_close(wanted @ across, former @ across, atol=1e-4, rtol=1e-4)
     # Solved for its letters, it holds these two and nothing else.
-    found = torch.linalg.lstsq(letters.told.T, (wanted @ (torch.eye(WIDTH) - across)).T).solution[:, 0]
-    torch.testing.assert_close(found, in_full(letters.shares(held(A, B)))[0], atol=1e-3, rtol=1e-3)
+    found = torch.linalg.lstsq(letters.told[:-1].T, (wanted @ (torch.eye(WIDTH) - across)).T).solution[:, 0]
+    torch.testing.assert_close(found, in_full(letters.shares(held(A, B)))[0, :-1], atol=1e-3, rtol=1e-3)
 
 
 def test_a_cell_of_one_letter_is_kept_and_one_of_two_is_changed():
@@ -67,27 +71,29 @@ def test_the_cells_of_a_label_hold_the_words_that_pick_its_part_out():
     values = torch.tensor([40, 30, 20, UNKNOWN])
     colours = torch.tensor([list(COLOURS).index("red"), UNKNOWN, UNKNOWN, UNKNOWN])
     ranks = torch.tensor([[0, 3], [1, 2], [0, 0], [UNKNOWN, UNKNOWN]])
+    names = (*COLOURS, "largest", "smallest")
     words = made().words(target(held(A, B).repeat(4, 1), values=values, colours=colours, ranks=ranks))
-    named = [{" ".join(WORDS[i]).split()[0]: share.item() for i, share in enumerate(row) if share} for row in words]
+    named = [{names[i]: share.item() for i, share in enumerate(row) if share} for row in words]
     share = torch.tensor(SHARE).item()
     assert named == [{"red": share, "largest": share}, {}, {"largest": share, "smallest": share}, {}]
 
 
-def test_the_middle_of_one_of_several_things_holds_their_number_and_no_other_cell_does():
-    counts, centred = torch.tensor([0, 1, 5, 1, UNKNOWN]), torch.tensor([7, 7, 7, 0, 0])
-    words = made().words(target(held().repeat(5, 1), counts=counts, centred=centred))
-    numbers = words[:, -len(NUMBERS) :]
-    assert not words[:, : -len(NUMBERS)].any() and not numbers[[0, 3, 4]].any()
-    assert numbers[1].tolist() == [NUMBER_SHARE, 0, 0, 0, 0] and numbers[2].tolist() == [0, 0, 0, 0, NUMBER_SHARE]
+def test_extremes_are_told_apart_by_what_sets_their_words_apart():
+    table = torch.randn(len(COLOURS) + 2, WIDTH) + 3  # alike, as embeddings are
+    vocabulary = {f" {colour}": i for i, colour in enumerate(COLOURS)}
+    vocabulary |= {word: len(COLOURS) + i for i, group in enumerate(EXTREMES) for word in group}
+    words = word_embeddings(table, lambda text, add_special_tokens: SimpleNamespace(input_ids=[vocabulary[text]]))
+    torch.testing.assert_close(words[:-2], table[:-2])
+    assert torch.cosine_similarity(table[-1], table[-2], dim=0) > 0.5
+    assert torch.cosine_similarity(words[-1], words[-2], dim=0) < -0.999
+    torch.testing.assert_close(words[-2:].norm(dim=-1), table[-2:].norm(dim=-1))
 
 
-def test_what_holds_a_word_is_wanted_to_change_and_its_neighbour_to_stay():
-    letters, former = made(), torch.randn(2, WIDTH)
-    cells = target(held().repeat(2, 1), counts=torch.tensor([2, 2]), centred=torch.tensor([7, 0]))
-    shares = torch.cat((letters.shares(cells.letters), letters.words(cells)), -1)
-    wanted = torch.cat((letters.wanted(former[:1], shares[:1]), former[1:]))
-    same, there = letters.losses(former, former, cells), letters.losses(wanted, former, cells)
-    assert same["kept"] == there["kept"] == 0 and same["shown"] > 0.1 and there["shown"] < 1e-6
+def test_the_colour_of_what_is_no_label_is_kept():
+    letters, former = made(), torch.randn(1, WIDTH)
+    shape = target(held(), colours=torch.tensor([0]), values=torch.tensor([30]), ranks=torch.tensor([[0, 1]]))
+    assert not letters.words(shape).any()
+    assert letters.losses(former, former, shape)["kept"] == 0
 
 
 def test_pictures_without_such_cells_are_no_reason_to_fail():
