@@ -8,7 +8,7 @@ optimizers.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -56,6 +56,11 @@ class CellTargets(NamedTuple):
         """The same of every target."""
         return CellTargets(*map(change, self))
 
+    @property
+    def labelled(self):
+        """bool `[cells]`: where letters of a chart's label or table's row stand."""
+        return (self.letters > 0).any(-1) & (self.values != UNKNOWN)
+
 
 def concept_of(thing: Thing) -> int:
     if thing.kind == "letter":
@@ -63,13 +68,16 @@ def concept_of(thing: Thing) -> int:
     return _INDEX[(f" {thing.colour}", f" {thing.name}") if thing.colour else (f" {thing.name}",)]
 
 
+def word_embeddings(embeddings: torch.Tensor, tokenizer, words: Iterable[str]) -> torch.Tensor:
+    """`embeddings [vocab, hidden]` → `[words, hidden]`: mean over a word's pieces."""
+    return torch.stack(
+        [embeddings[tokenizer(word, add_special_tokens=False).input_ids].float().mean(0) for word in words]
+    )
+
+
 def concept_embeddings(embeddings: torch.Tensor, tokenizer) -> torch.Tensor:
     """`embeddings [vocab, hidden]` → `[concepts, hidden]`: mean over a word's pieces, sum over its words."""
-
-    def word(text: str) -> torch.Tensor:
-        return embeddings[tokenizer(text, add_special_tokens=False).input_ids].float().mean(0)
-
-    return torch.stack([torch.stack([word(text) for text in words]).sum(0) for words in CONCEPTS])
+    return torch.stack([word_embeddings(embeddings, tokenizer, words).sum(0) for words in CONCEPTS])
 
 
 def box_digits(boxes: torch.Tensor) -> torch.Tensor:

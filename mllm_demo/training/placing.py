@@ -9,7 +9,6 @@ worth in a chart; at a plural, how many there are. It knows nothing of tokens or
 
 import re
 from dataclasses import dataclass
-from operator import itemgetter
 
 import torch
 from torch import nn
@@ -61,12 +60,10 @@ def places(scene: Scene) -> dict[str, Place]:
         if len(those) == 1:
             found[words] = place_of(scene, those[0].box)
     if (chart := scene.chart) is not None:
-        for label, value, region in zip(chart.labels, chart.values, chart.regions, strict=True):
-            if label not in _COMMON:
-                found[label] = place_of(scene, region, percent(value, chart.top) // 10)
-        for words, choose in EXTREMES.items():
-            value, region = choose(zip(chart.values, chart.regions, strict=True), key=itemgetter(0))
-            found[words] = place_of(scene, region, percent(value, chart.top) // 10)
+        parts = zip(chart.regions, chart.values, strict=True)
+        parts = [place_of(scene, region, percent(value, chart.top) // 10) for region, value in parts]
+        found |= {label: part for label, part in zip(chart.labels, parts, strict=True) if label not in _COMMON}
+        found |= {words: parts[chart.values.index(most(chart.values))] for words, most in EXTREMES.items()}
     return found
 
 

@@ -31,7 +31,7 @@ from mllm_demo.models.bundled.weights import ADAPTER, ASSETS, VISION_FILE
 from mllm_demo.training import art
 from mllm_demo.training.base import build_model, read_heads, save_heads
 from mllm_demo.training.chat import reader_of
-from mllm_demo.training.concepts import LETTER_SLOTS, UNKNOWN, CellTargets
+from mllm_demo.training.concepts import LETTER_SLOTS, CellTargets, word_embeddings
 from mllm_demo.training.lettering import CHARACTERS
 from mllm_demo.training.runs import Run, add_flags, begin, leave_processes, teach
 from mllm_demo.training.things import COLOURS
@@ -47,25 +47,19 @@ SHARPNESS = 20.0  # of the choice among letters by cosine
 WEIGHTS = {"kept": 0.5, "shown": 1.0, "told": 0.2} | DENSE | {"letters": 0.5}
 
 
-def word_embeddings(embeddings: torch.Tensor, tokenizer) -> torch.Tensor:
+def telling_words(embeddings: torch.Tensor, tokenizer) -> torch.Tensor:
     """`embeddings [vocab, width]` → of `COLOURS` and of the two `EXTREMES`, `[words, width]`.
 
     The extremes' own embeddings are alike (cosine 0.78), so theirs are what sets them apart, made as long as they are.
     """
-
-    def of(words) -> torch.Tensor:
-        return torch.stack(
-            [embeddings[tokenizer(word, add_special_tokens=False).input_ids].float().mean(0) for word in words]
-        )
-
-    extremes = torch.stack([of(group).mean(0) for group in EXTREMES])
+    extremes = torch.stack([word_embeddings(embeddings, tokenizer, group).mean(0) for group in EXTREMES])
     apart = functional.normalize(extremes - extremes.mean(0), dim=-1) * extremes.norm(dim=-1, keepdim=True)
-    return torch.cat((of(f" {colour}" for colour in COLOURS), apart))
+    return torch.cat((word_embeddings(embeddings, tokenizer, (f" {colour}" for colour in COLOURS)), apart))
 
 
 class Letters:
     """What tokens should be. `table` [letters, width], `words` [words, width]: the language model's embeddings of
-    `CHARACTERS`, and what `word_embeddings` says."""
+    `CHARACTERS`, and what `telling_words` says."""
 
     def __init__(self, table: torch.Tensor, words: torch.Tensor):
         self.told = torch.cat((table, words))
@@ -81,9 +75,8 @@ class Letters:
 
     def words(self, target: CellTargets) -> torch.Tensor:
         """`target` of cells `[cells, ...]` → how much of each word they are to hold, `[cells, words]`."""
-        labelled = (target.letters > 0).any(-1) & (target.values != UNKNOWN)
         colours = functional.one_hot(target.colours.clamp(min=-1) + 1, 1 + len(COLOURS))[:, 1:]
-        return SHARE * torch.cat((colours, target.ranks == 0), -1).to(self.told) * labelled[:, None]
+        return SHARE * torch.cat((colours, target.ranks == 0), -1).to(self.told) * target.labelled[:, None]
 
     def wanted(self, former: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
         """`former` tokens `[cells, width]` with nothing but `shares` `[cells, letters + words]` in the directions of
@@ -143,7 +136,7 @@ def main() -> None:
     load_vision(model, options.init / VISION_FILE.name)
     of_init = read_heads(options.init)
     heads = dense_heads(model, processor, device, of_init["dense"])
-    words = word_embeddings(model.get_input_embeddings().weight.detach(), processor.tokenizer)
+    words = telling_words(model.get_input_embeddings().weight.detach(), processor.tokenizer)
     letters = Letters(heads.table[-len(CHARACTERS) :], words.to(device))
     model.requires_grad_(False)
     tower = model.model.vision_tower.to(device, memory_format=torch.channels_last)

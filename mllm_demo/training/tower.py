@@ -119,8 +119,7 @@ class DenseHeads(nn.Module):
             each = functional.cross_entropy(
                 logits.flatten(0, -2), wanted.flatten(), ignore_index=UNKNOWN, reduction="none"
             ).view_as(wanted)
-            labels = (target.letters > 0).any(-1, keepdim=True)
-            shares = (1 + (LABELLED - 1) * labels) * (wanted != UNKNOWN)
+            shares = (1 + (LABELLED - 1) * target.labelled[..., None]) * (wanted != UNKNOWN)
             return (each * shares).sum() / shares.sum().clamp(min=1)
 
         known = target.centred > 0
@@ -170,7 +169,6 @@ def dense_accuracy(see, heads: DenseHeads, loader: DataLoader, device: torch.dev
         counted = counts.argmax(-1) == target.counts
         first, second = boxes.sigmoid()[boxed], target.boxes[boxed]
         ranked = ranks.unflatten(-1, (2, RANKS)).argmax(-1) == target.ranks
-        labels = (target.letters > 0).any(-1) & (target.values != UNKNOWN)
         tens, units = (logits.argmax(-1) for logits in heads.box_digits(tokens[boxed]))
         written = (10 * tens + units) / 100
         for name, right in {
@@ -185,7 +183,7 @@ def dense_accuracy(see, heads: DenseHeads, loader: DataLoader, device: torch.dev
             "counts": counted[target.counts != UNKNOWN],
             "several": counted[target.counts > 0],
             "ranks": ranked[target.ranks != UNKNOWN],
-            "labels": ranked.all(-1)[labels],
+            "labels": ranked.all(-1)[target.labelled],
         }.items():
             hits.setdefault(name, []).append(right.flatten())
     return {name: round(torch.cat(parts).float().mean().item(), 4) for name, parts in hits.items()}

@@ -8,7 +8,7 @@ import torch
 from mllm_demo.training.concepts import LETTER_SLOTS, UNKNOWN, CellTargets
 from mllm_demo.training.lettering import CHARACTERS
 from mllm_demo.training.things import COLOURS
-from mllm_demo.training.tokens import EXTREMES, FAINTER, SHARE, Letters, word_embeddings
+from mllm_demo.training.tokens import EXTREMES, FAINTER, SHARE, Letters, telling_words
 
 WIDTH = 96
 WORDS = len(COLOURS) + 2
@@ -82,7 +82,7 @@ def test_extremes_are_told_apart_by_what_sets_their_words_apart():
     table = torch.randn(len(COLOURS) + 2, WIDTH) + 3  # alike, as embeddings are
     vocabulary = {f" {colour}": i for i, colour in enumerate(COLOURS)}
     vocabulary |= {word: len(COLOURS) + i for i, group in enumerate(EXTREMES) for word in group}
-    words = word_embeddings(table, lambda text, add_special_tokens: SimpleNamespace(input_ids=[vocabulary[text]]))
+    words = telling_words(table, lambda text, add_special_tokens: SimpleNamespace(input_ids=[vocabulary[text]]))
     torch.testing.assert_close(words[:-2], table[:-2])
     assert torch.cosine_similarity(table[-1], table[-2], dim=0) > 0.5
     assert torch.cosine_similarity(words[-1], words[-2], dim=0) < -0.999
