@@ -24,7 +24,7 @@ from mllm_demo.training.scenes import SPLITS, render
 from mllm_demo.training.small_talk import replies
 from mllm_demo.training.things import Scene
 
-TALKED, TALK_WEIGHT = 0.15, 0.5  # how often talk of something else follows on a picture, and its answer's weight
+TALKED, TALK_WEIGHT = 0.2, 0.5  # how often talk of something else follows on a picture, and its answer's weight
 IGNORED = -100  # the label that torch's cross entropy skips
 QUOTE = '"'
 BOX = "["  # where a box begins

@@ -2,10 +2,12 @@
 
     python -m mllm_demo.training.language
     python -m mllm_demo.training.language --quantization none --show
+    python -m mllm_demo.training.language --picture assets/examples/things.png     # and after talk of a picture
 
 Perplexity of passages that were written for this measurement, and short instructions whose answers can be checked.
 Switching the adapter off leaves the same language model in the same quantization, so the adapter is all that differs.
-It knows nothing of pictures.
+With a picture, the same instructions once more where a conversation began with it. It knows nothing of what pictures
+show.
 """
 
 import argparse
@@ -16,6 +18,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch.nn import functional
 
 from mllm_demo.models.loading import LoadedModel
@@ -134,18 +137,24 @@ def perplexity(loaded: LoadedModel) -> float:
 
 
 @torch.inference_mode()
-def replies(loaded: LoadedModel, prompts: list[str]) -> list[str]:
-    """Greedy replies."""
-    processor, tokenizer = loaded.processor, loaded.processor.tokenizer
-    texts = [
-        processor.apply_chat_template(
-            [{"role": "user", "content": [{"type": "text", "text": prompt}]}], add_generation_prompt=True
-        )
-        for prompt in prompts
-    ]
-    inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left").to(loaded.device)
-    made = loaded.model.generate(**inputs, max_new_tokens=LONGEST_ANSWER, do_sample=False)
-    return tokenizer.batch_decode(made[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+def replies(loaded: LoadedModel, talks: list[list[dict]], picture: Image.Image | None = None) -> list[str]:
+    """Greedy replies to conversations, each of which shows `picture`, or none."""
+    processor = loaded.processor
+    texts = [processor.apply_chat_template(talk, add_generation_prompt=True) for talk in talks]
+    images = {"images": [picture] * len(texts)} if picture else {}
+    inputs = processor(text=texts, **images, return_tensors="pt", padding=True, padding_side="left")
+    made = loaded.model.generate(**inputs.to(loaded.device), max_new_tokens=LONGEST_ANSWER, do_sample=False)
+    return processor.batch_decode(made[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+
+
+def turn(role: str, text: str, *before: dict) -> dict:
+    return {"role": role, "content": [*before, {"type": "text", "text": text}]}
+
+
+def after(loaded: LoadedModel, picture: Image.Image) -> list[dict]:
+    """How a conversation about `picture` begins: a question, and what the model answers."""
+    asked = turn("user", "What is in the picture?", {"type": "image"})
+    return [asked, turn("assistant", replies(loaded, [[asked]], picture)[0])]
 
 
 def followed(said: list[str]) -> list[bool]:
@@ -157,6 +166,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quantization", choices=QUANTIZATIONS, default="nf4")
     parser.add_argument("--bundle", type=Path, help=HELP)
+    parser.add_argument("--picture", type=Path, help="ask the instructions after talk of this picture, too")
     parser.add_argument("--show", action="store_true", help="print the replies that differ in being right")
     parser.add_argument("--out", type=Path, help="also write the figures to this JSON file")
     options = parser.parse_args()
@@ -164,16 +174,24 @@ def main() -> None:
     prompts, found, right = [prompt for prompt, _ in INSTRUCTIONS], {}, {}
     for name in ("language model alone", "with the adapter"):
         with loaded.model.disable_adapter() if name == "language model alone" else nullcontext():
-            said = replies(loaded, prompts)
+            said = replies(loaded, [[turn("user", prompt)] for prompt in prompts])
             right[name] = list(zip(followed(said), said, strict=True))
             found[name] = {"perplexity": round(perplexity(loaded), 2), "right": sum(ok for ok, _ in right[name])}
         print(f"{name}: perplexity {found[name]['perplexity']}, {found[name]['right']} of {len(prompts)} instructions")
-    before, after = (each["perplexity"] for each in found.values())
-    print(f"perplexity {after / before - 1:+.1%}")
+    alone, adapted = (each["perplexity"] for each in found.values())
+    print(f"perplexity {adapted / alone - 1:+.1%}")
     if options.show:
         for prompt, (was, old), (now, new) in zip(prompts, *right.values(), strict=True):
             if was != now:
                 print(f"    {prompt} → {old!r}, now {new!r}")
+    if options.picture:
+        picture = Image.open(options.picture).convert("RGB")
+        begun = after(loaded, picture)
+        said = replies(loaded, [[*begun, turn("user", prompt)] for prompt in prompts], picture)
+        found["after a picture"] = {"right": sum(followed(said))}
+        print(f"after a picture: {found['after a picture']['right']} of {len(prompts)} instructions")
+        for prompt, reply in zip(prompts, said, strict=True) if options.show else ():
+            print(f"    {prompt} → {reply!r}")
     if options.out:
         options.out.write_text(json.dumps(found | {"quantization": options.quantization}, indent=1) + "\n")
 

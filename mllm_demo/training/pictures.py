@@ -71,7 +71,9 @@ def curves(folder: Path) -> Figure:
             points = [(starts[name] + row["step"], row[quantity]) for row in logged if quantity in row]
             if points:
                 style = ":" if name.endswith("-1") else "-"
-                axis.plot(*zip(*points, strict=True), style, color=f"C{index}", label=TITLES[name])
+                again, hue = divmod(index, 10)  # ten hues, and then each once more, pale
+                colour = pyplot.get_cmap("tab20")(2 * hue + again)
+                axis.plot(*zip(*points, strict=True), style, color=colour, label=TITLES[name])
         axis.set(xlabel="step", title=LABELS[quantity], yscale="log" if quantity != "balance" else "linear")
         if quantity != "balance":
             axis.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
