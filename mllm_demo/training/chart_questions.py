@@ -25,15 +25,12 @@ def _make(rng: np.random.Generator, chart: Chart, kind: str):
     part, count = CHART_PARTS[chart.kind], len(chart.labels)
     index, other = (int(i) for i in rng.permutation(count)[:2])
     label, value, colour = chart.labels[index], chart.values[index], chart.colours[index]
-    unit = " percent" if chart.kind == "pie" else ""
     fills = {"part": part, "parts": f"{part}s", "label": label, "second": chart.labels[other], "colour": str(colour)}
     if kind in ("largest", "smallest"):
         best = int(np.argmax(chart.values) if kind == "largest" else np.argmin(chart.values))
-        # What is looked for and its value are said first: asked for the label alone, the language model never learned
-        # to tell the part and named the first.
-        told = f"The {kind} value is {chart.values[best]}{unit}, at {quoted(chart.labels[best])}."
-        return fills, told, chart.labels[best], 0.0
+        return fills, f"It is {quoted(chart.labels[best])}.", chart.labels[best], 0.0
     if kind == "value":
+        unit = " percent" if chart.kind == "pie" else ""
         slack = 0.0 if chart.kind == "table" else VALUE_SLACK * chart.top
         return fills, f"The value is {value}{unit}.", str(value), slack
     if kind == "comparison":
@@ -46,7 +43,7 @@ def _make(rng: np.random.Generator, chart: Chart, kind: str):
         if colour is None:
             return None
         if kind == "label":
-            return fills, f"The {colour} {part} is {quoted(label)}.", label, 0.0
+            return fills, f"It is {quoted(label)}.", label, 0.0
         return fills, f"It is {colour}.", colour, 0.0
     if kind == "chart kind":
         return fills, f"This is {NAMES[chart.kind]}.", NAMES[chart.kind].split(" ", 1)[1], 0.0

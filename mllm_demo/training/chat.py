@@ -12,10 +12,10 @@
 made on the language model's weights rounded to NF4, so the adapter learns to live with those that are shipped and with
 those of 16 bit alike.
 Beside the adapter learns the reader: the tower's transformer layers and the connector; the convolutions stay as they
-are. Loss: on answers, on drifting away from the language model's own speech where there is text alone, on not knowing
-where things are in the middle of the language model (see `placing`), on image tokens from which stage 0's heads can no
-longer read names, letters, counts, values and ranks, and on unevenly used experts. Every stage resumes from its own
-`last.pt`. It knows nothing of evaluation.
+are. Loss: on answers, on drifting away from the language model's own speech where there is text alone or talk that
+needs no picture, on not knowing where things are in the middle of the language model (see `placing`), on image tokens
+from which stage 0's heads can no longer read names, letters, counts, values and ranks, and on unevenly used experts.
+Every stage resumes from its own `last.pt`. It knows nothing of evaluation.
 """
 
 import argparse
@@ -50,12 +50,13 @@ from mllm_demo.training.runs import (
     leave_processes,
     wait_for_others,
 )
-from mllm_demo.training.small_talk import texts
+from mllm_demo.training.small_talk import talk, texts
 from mllm_demo.training.tower import DENSE, DenseHeads, dense_heads
 
 # Weight of the balance loss: strong while the routers find their first division of labour, weak afterwards.
 BALANCE = {2: 0.05, 3: 0.01}
-WEIGHTS = {"answers": 1.0, "text": 3.0, "columns": 1.0, "rows": 0.25, "values": 0.5, "counts": 0.5, "tokens": 0.5}
+WEIGHTS = {"answers": 1.0, "text": 3.0, "talk": 2.0, "tokens": 0.5}
+WEIGHTS |= {"columns": 1.0, "rows": 0.25, "values": 0.5, "counts": 0.5}  # what the middle tells
 PLACED = 20  # the language model's layer, of 30, after which places are asked for
 PLACE_LR = 2e-3
 
@@ -123,19 +124,20 @@ def heads_before(options) -> dict[str, dict[str, torch.Tensor]]:
     return _end_of(folder_of(options, options.stage - 1))
 
 
-def build(options, device: torch.device, rank: int) -> tuple[PeftModel, object, tuple[str, ...]]:
-    """The adapted model where the stage before `options.stage` left it, on `device`, its processor, and text alone."""
+def build(options, device: torch.device, rank: int) -> tuple[PeftModel, object, dict[str, tuple[str, ...]]]:
+    """The adapted model where the stage before `options.stage` left it, on `device`, its processor, and what its
+    language model wrote: "texts" to stand alone, "talk" to follow pictures."""
     model, processor = build_model(options.base)
     model.to(device)
     if rank > 0:
         wait_for_others()
-    talk = texts(model, processor, options.base / "texts.json")
+    written = {made.__name__: made(model, processor, options.base) for made in (texts, talk)}
     if rank == 0:
         wait_for_others()
     if options.init:
         load_vision(model, options.init / VISION_FILE.name)
         model.requires_grad_(False)
-        return PeftModel.from_pretrained(model, options.init / ADAPTER.name, is_trainable=True), processor, talk
+        return PeftModel.from_pretrained(model, options.init / ADAPTER.name, is_trainable=True), processor, written
     load_taught(model, read_taught(options.tower))
     if options.stage > 1:
         reader_of(model).load_state_dict(_end_of(folder_of(options, options.stage - 1))["reader"])
@@ -146,7 +148,7 @@ def build(options, device: torch.device, rank: int) -> tuple[PeftModel, object, 
         adapted = mixture(model, options.experts, _end_of(folder_of(options, 1))["adapter"])
         if options.stage == 3:
             adapted.load_state_dict(_end_of(folder_of(options, 2))["adapter"], strict=False)
-    return adapted, processor, talk
+    return adapted, processor, written
 
 
 def narrow(model: PeftModel, dtype: torch.dtype) -> None:
@@ -188,18 +190,33 @@ def hidden_states(
     return seen["last"], seen["middle"]
 
 
+def alone(model: PeftModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Logarithms of what the language model without the adapter says at the tokens of `ids [B, T]` that `mask` names,
+    in reading order: `[tokens, vocab]`."""
+    with torch.no_grad(), model.disable_adapter():
+        hidden = hidden_states(model, {"input_ids": ids, "attention_mask": mask}, None)[0]
+        return model.get_output_embeddings()(hidden[mask.bool()]).float().log_softmax(-1)
+
+
 def losses_of(
     model: PeftModel, place_head: PlaceHead, cell_heads: DenseHeads, batch: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """"answers": mean cross entropy over the tokens of answers, by their `weights`; "text": mean Kullback-Leibler
-    divergence, over the tokens of text alone, of what the model says from what its language model says without the
-    adapter; what `place_head` says of places; "tokens": what `cell_heads` miss in image tokens."""
-    head, is_text = model.get_output_embeddings(), batch["is_text"]
+    """"answers": mean cross entropy over the tokens of answers, by their `weights`; "text" and "talk": mean
+    Kullback-Leibler divergence, over the tokens of text alone and of talk that follows on pictures, of what the model
+    says there from what its language model says without the adapter and without a picture; what `place_head` says of
+    places; "tokens": what `cell_heads` miss in image tokens."""
+    head = model.get_output_embeddings()
+    ids, mask, is_text = (batch[name] for name in ("input_ids", "attention_mask", "is_text"))
+    kept: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}  # what is wanted, and at which rows, tokens
     if is_text.any():
-        alone = {name: batch[name][is_text] for name in ("input_ids", "attention_mask")}
-        read = alone["attention_mask"].bool()
-        with torch.no_grad(), model.disable_adapter():
-            wanted = head(hidden_states(model, alone, None)[0][read]).float().log_softmax(-1)
+        read = (mask.bool() & is_text[:, None]).nonzero(as_tuple=True)
+        kept["text"] = (alone(model, ids[is_text], mask[is_text]), *read)
+    if "talk" in batch:
+        places = batch["talk_mask"].bool()
+        starts = mask.sum(1)[batch["talkers"]] - places.sum(1)
+        rows, columns = places.nonzero(as_tuple=True)
+        wanted = alone(model, batch["talk"], batch["talk_mask"])
+        kept["talk"] = (wanted, batch["talkers"][rows], starts[rows] + columns)
     tokens = see(model, batch["pixel_values"]) if "pixel_values" in batch else None
     hidden, middle = hidden_states(model, batch, tokens)
     placed = (batch["places"] != UNKNOWN).any(-1)
@@ -212,9 +229,9 @@ def losses_of(
         each = functional.cross_entropy(head(hidden[answered]).float(), batch["labels"][answered], reduction="none")
         weights = batch["weights"][answered]
         losses["answers"] = (each * weights).sum() / weights.sum()
-    if is_text.any():
-        said = head(hidden[is_text][read]).float().log_softmax(-1)
-        losses["text"] = functional.kl_div(said, wanted, log_target=True, reduction="batchmean")
+    for name, (wanted, rows, columns) in kept.items():
+        said = head(hidden[rows, columns]).float().log_softmax(-1)
+        losses[name] = functional.kl_div(said, wanted, log_target=True, reduction="batchmean")
     return losses
 
 
@@ -252,7 +269,7 @@ def main() -> None:
         parser.error("--blend is a share from 0 to 1 of the way from --init to what --export writes; give all three.")
     rank, world, device = begin(options)
 
-    model, processor, talk = build(options, device, rank)
+    model, processor, written = build(options, device, rank)
     reader = reader_of(model).requires_grad_(True)
     narrow(model, compute_dtype(device))
     if device.type == "cpu":
@@ -292,7 +309,7 @@ def main() -> None:
     # Every stage goes on with pictures that no stage before it has drawn.
     data = Conversations(
         options.art, "train", options.seed + options.stage, (options.steps - run.step) * options.batch_size, encoder,
-        start=run.step * options.batch_size, texts=talk,
+        start=run.step * options.batch_size, **written,
     )  # fmt: skip
     data = Subset(data, range(rank, len(data), world))
     pad = processor.tokenizer.pad_token_id

@@ -21,10 +21,9 @@ from mllm_demo.training.concepts import CellTargets, cell_targets
 from mllm_demo.training.placing import NOWHERE, UNKNOWN, Mark, Place, marks, places, spelled
 from mllm_demo.training.questions import Question, ask_all
 from mllm_demo.training.scenes import SPLITS, render
-from mllm_demo.training.small_talk import replies
 from mllm_demo.training.things import Scene
 
-TALKED, TALK_WEIGHT = 0.2, 0.5  # how often talk of something else follows on a picture, and its answer's weight
+TALKED = 0.3  # how often talk of something else follows on a picture
 IGNORED = -100  # the label that torch's cross entropy skips
 QUOTE = '"'
 BOX = "["  # where a box begins
@@ -42,7 +41,8 @@ class Sample:
     of the labels; `pixels` or None; `places`: int64 `[T, 6]`, what each token should know (`placing.SIZES`).
 
     `is_text`: the language model's own text, without labels, at which its speech is to be kept; `cells`: what the
-    picture's image tokens should tell, None where nobody asks.
+    picture's image tokens should tell, None where nobody asks; `talk`: int64 `[L]`, the last L of the `input_ids`, at
+    which the language model's speech is to be kept as if nothing stood before them.
     """
 
     input_ids: torch.Tensor
@@ -52,6 +52,7 @@ class Sample:
     places: torch.Tensor
     is_text: bool = False
     cells: CellTargets | None = None
+    talk: torch.Tensor | None = None
 
 
 class Encoder:
@@ -135,18 +136,15 @@ class Encoder:
         return Sample(ids, torch.full_like(ids, IGNORED), torch.zeros(len(ids)), None, known, is_text=True)
 
     def and_then(self, sample: Sample, text: str) -> Sample:
-        """`sample` and the first question and answer of `text`, markup included, as what is said next; an answer that
-        is cut short has no end to learn."""
+        """`sample` and the first question and answer of `text`, markup included, as what is said next."""
         ids = self._tokenize(text)
         start = ids.index(self.end[0]) + len(self.between)
         ids = ids[: 1 + next((i for i, token in enumerate(ids) if i >= start and token == self.end[0]), len(ids))]
-        answer = ids[start:]
-        labels = [IGNORED] * (start - 1) + answer + [IGNORED]
-        weights = [0.0] * (start - 1) + [TALK_WEIGHT * len(answer) ** -0.5] * len(answer) + [0.0]
+        talk = torch.tensor(ids)
         return replace(
-            sample, input_ids=torch.cat((sample.input_ids, torch.tensor(ids))),
-            labels=torch.cat((sample.labels, torch.tensor(labels))),
-            weights=torch.cat((sample.weights, torch.tensor(weights))),
+            sample, input_ids=torch.cat((sample.input_ids, talk)), talk=talk,
+            labels=torch.cat((sample.labels, torch.full_like(talk, IGNORED))),
+            weights=torch.cat((sample.weights, torch.zeros(len(ids)))),
             places=torch.cat((sample.places, torch.tensor([NOWHERE] * len(ids)))),
         )  # fmt: skip
 
@@ -201,12 +199,12 @@ class Conversations(Dataset):
         most: int = 8,
         start: int = 0,
         texts: tuple[str, ...] = (),
+        talk: tuple[str, ...] = (),
         text_share: float = 0.125,
     ):
         self.art_folder, self.split, self.seed, self.count = art_folder, SPLITS[split], seed, count
         self.encoder, self.most, self.start = encoder, most, start
-        self.texts, self.text_share = texts, text_share
-        self.replies = replies(texts)
+        self.texts, self.talk, self.text_share = texts, talk, text_share
 
     def __len__(self) -> int:
         return self.count
@@ -226,14 +224,15 @@ class Conversations(Dataset):
         turn_weights = [TASK_WEIGHTS.get(question.task, 1.0) for question in questions]
         cells = cell_targets(scene, math.isqrt(len(self.encoder.image))).map(torch.from_numpy)
         sample = replace(self.encoder.encode(turns, pixels, scene, turn_weights), cells=cells)
-        if self.replies and rng.random() < TALKED:
-            sample = self.encoder.and_then(sample, self.replies[rng.integers(len(self.replies))])
+        if self.talk and rng.random() < TALKED:
+            sample = self.encoder.and_then(sample, self.talk[rng.integers(len(self.talk))])
         return sample
 
 
 def collate(samples: list[Sample], pad: int) -> dict[str, torch.Tensor]:
     """Right-padded batch; `pixel_values [pictures, 3, H, W]` in reading order and what their cells should tell, under
-    the names of `CellTargets`, absent when there is none; `is_text` bool `[B]`."""
+    the names of `CellTargets`, absent when there is none; `is_text` bool `[B]`; of samples that end with talk, absent
+    when none does, `talkers` int64 `[K]`, their rows, `talk` `[K, L]` and `talk_mask`."""
 
     def padded(rows: list[torch.Tensor], value: int) -> torch.Tensor:
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
@@ -250,4 +249,7 @@ def collate(samples: list[Sample], pad: int) -> dict[str, torch.Tensor]:
     pixels = [sample.pixels for sample in samples if sample.pixels is not None]
     cells = [sample.cells for sample in samples if sample.cells is not None]
     batch |= {"pixel_values": torch.stack(pixels)} if pixels else {}
+    if talk := {row: sample.talk for row, sample in enumerate(samples) if sample.talk is not None}:
+        masks = padded([torch.ones_like(ids) for ids in talk.values()], 0)
+        batch |= {"talkers": torch.tensor([*talk]), "talk": padded([*talk.values()], pad), "talk_mask": masks}
     return batch | (CellTargets(*map(torch.stack, zip(*cells, strict=True)))._asdict() if cells else {})

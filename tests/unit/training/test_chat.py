@@ -1,10 +1,17 @@
-"""The adapter learns on weights rounded as they are shipped and on exact ones, in turn."""
+"""The adapter learns on weights rounded as they are shipped and on exact ones, in turn, and to go on speaking."""
 
+import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import nn
+from torch.nn import functional
+from transformers import LlamaConfig, LlamaModel
 
+from mllm_demo.training import chat
+from mllm_demo.training.adapters import single_lora
 from mllm_demo.training.chat import Rounding
+from mllm_demo.training.conversations import IGNORED, Sample, collate
+from mllm_demo.training.placing import NOWHERE, PlaceHead
 
 
 def test_frozen_linear_weights_change_between_exact_and_rounded_in_place():
@@ -19,3 +26,67 @@ def test_frozen_linear_weights_change_between_exact_and_rounded_in_place():
     rounding.use(rounded=False)
     assert torch.equal(frozen.weight, exact)
     assert torch.equal(learned.weight, untouched) and frozen.weight.data_ptr() == place
+
+
+class Tiny(nn.Module):
+    """A language model inside what a vision-language model is made of, without the parts that see."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.config = LlamaConfig(
+            vocab_size=32, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2,
+        )  # fmt: skip
+        self.model = nn.Module()
+        self.model.language_model = LlamaModel(self.config)
+        self.head = nn.Linear(48, 32, bias=False)
+
+    def get_input_embeddings(self):
+        return self.model.language_model.get_input_embeddings()
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def prepare_inputs_for_generation(self):
+        """PEFT asks for it."""
+
+    def forward(self, inputs_embeds, attention_mask, **others):
+        return self.model.language_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask)
+
+
+def sample(turns: list[int], talk: list[int]) -> Sample:
+    ids = torch.tensor(turns + talk)
+    nowhere = torch.tensor([NOWHERE] * len(ids))
+    labels = torch.full_like(ids, IGNORED)
+    return Sample(ids, labels, torch.zeros(len(ids)), None, nowhere, talk=torch.tensor(talk) if talk else None)
+
+
+def said(model, ids: list[int]) -> torch.Tensor:
+    """Logarithms of what follows on every token, read one sequence at a time."""
+    with torch.no_grad():
+        embeds = model.get_input_embeddings()(torch.tensor([ids]))
+        states = model(inputs_embeds=embeds, attention_mask=torch.ones(1, len(ids))).last_hidden_state[0]
+        return model.get_output_embeddings()(states).log_softmax(-1)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_talk_after_a_picture_is_held_against_what_the_language_model_says_to_it_alone(monkeypatch, trained):
+    monkeypatch.setattr(chat, "PLACED", 0)
+    model = single_lora(Tiny()).eval()
+    for name, parameter in model.named_parameters():
+        if trained and "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+    turns, talk, longer = [3, 9, 4, 11, 7], [2, 5, 6], [8, 1, 12, 30, 2]
+    batch = collate([sample(turns, talk), sample(turns, []), sample(turns[:2], longer)], pad=0)
+    with torch.no_grad():
+        found = chat.losses_of(model, PlaceHead(48), None, batch)["talk"]
+    base = Tiny()
+    apart = [
+        functional.kl_div(said(model, turns[:many] + ids)[many:], said(base, ids), log_target=True, reduction="sum")
+        for many, ids in ((5, talk), (2, longer))
+    ]
+    assert torch.allclose(found, sum(apart) / 8, atol=1e-5) and found > 1e-3
+    with torch.no_grad():
+        kept = chat.losses_of(model, PlaceHead(48), None, collate([sample([], talk)], pad=0))["talk"]
+    assert (kept > 1e-3) == trained  # nothing stands before it: only the adapter can change what is said

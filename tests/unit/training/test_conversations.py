@@ -24,7 +24,6 @@ from mllm_demo.training.conversations import (
 )
 from mllm_demo.training.placing import UNKNOWN
 from mllm_demo.training.questions import Question
-from mllm_demo.training.small_talk import EACH
 from mllm_demo.training.things import Scene, Thing
 
 
@@ -169,30 +168,36 @@ def test_text_alone_is_read_as_it_is_and_has_no_answers(encoder):
 REPLY = "<|im_start|>user\nHi!<|im_end|>\n<|im_start|>assistant\nOak"
 
 
-@pytest.mark.parametrize("rest, learned", [("", "Oak"), ("<|im_end|>\n<|im_start|>user\nBye", "Oak<|im_end|>")])
-def test_talk_of_something_else_follows_as_the_template_writes_it_and_its_answer_is_learned(encoder, rest, learned):
+@pytest.mark.parametrize("rest, said", [("", "Oak"), ("<|im_end|>\n<|im_start|>user\nBye", "Oak<|im_end|>")])
+def test_talk_of_something_else_follows_as_the_template_writes_it_and_has_no_answer_to_learn(encoder, rest, said):
     sample = encoder.encode(TURNS, torch.zeros(3, 2, 2))
     longer = encoder.and_then(sample, REPLY + rest)
     first = len(sample.input_ids)
     assert torch.equal(longer.input_ids[:first], sample.input_ids)
-    assert encoder.tokenizer.decode(longer.input_ids[first:]) == REPLY[:-3] + learned
-    kept = longer.labels != IGNORED
-    assert encoder.tokenizer.decode(longer.labels[first:][kept[first:]]) == learned
-    assert torch.equal(longer.labels[:-1][kept[:-1]], longer.input_ids[1:][kept[:-1]])
-    assert torch.equal(kept, longer.weights > 0) and len(longer.places) == len(longer.input_ids)
+    assert torch.equal(longer.input_ids[first:], longer.talk)
+    assert encoder.tokenizer.decode(longer.talk) == REPLY[:-3] + said
+    assert torch.equal(longer.labels[:first], sample.labels) and (longer.labels[first:] == IGNORED).all()
+    assert not longer.weights[first:].any() and len(longer.places) == len(longer.input_ids)
 
 
-def test_talk_of_something_else_follows_some_pictures_and_is_what_answers_a_prompt(encoder, art, monkeypatch):
+def test_a_batch_knows_which_of_its_rows_end_with_which_talk(encoder):
+    plain = encoder.encode(TURNS, torch.zeros(3, 2, 2))
+    longer = encoder.and_then(plain, REPLY)
+    batch = collate([plain, longer, encoder.encode_text("oak")], pad=7)
+    assert batch["talkers"].tolist() == [1] and batch["talk_mask"].all()
+    assert torch.equal(batch["talk"][0], longer.talk)
+    assert "talk" not in collate([plain, encoder.encode_text("oak")], pad=7)
+
+
+def test_talk_of_something_else_follows_some_pictures(encoder, art, monkeypatch):
     asked = [Question("naming", "What is this?", "This is a cat.", "cat")]
     pixels = SimpleNamespace(pixel_values=[torch.zeros(3, 2, 2)])
     monkeypatch.setattr(encoder.processor, "image_processor", lambda image, return_tensors: pixels, raising=False)
     monkeypatch.setattr(conversations, "ask_all", lambda rng, scene, most: asked)
     monkeypatch.setattr(conversations.art, "load", lambda folder: art)
-    others = EACH["chat"] + EACH["prose"]
-    talk = ("prose",) * others + (REPLY,) * EACH["reply"]
-    drawn = Conversations(Path("unused"), "train", 0, 60, encoder, texts=talk, text_share=0.0)
+    drawn = Conversations(Path("unused"), "train", 0, 60, encoder, texts=("prose",), talk=(REPLY,), text_share=0.0)
     talked = ["Hi!" in encoder.tokenizer.decode(drawn[index].input_ids) for index in range(60)]
-    assert 2 <= sum(talked) <= 20
+    assert 4 <= sum(talked) <= 28
 
 
 def test_a_picture_that_allows_no_question_gives_way_to_another(encoder, art, monkeypatch):

@@ -3,7 +3,7 @@
 import re
 
 from mllm_demo.training.language import INSTRUCTIONS, followed
-from mllm_demo.training.small_talk import PROMPTS
+from mllm_demo.training.small_talk import BESIDES, PROMPTS
 
 
 def test_replies_are_right_by_what_they_hold():
@@ -13,6 +13,6 @@ def test_replies_are_right_by_what_they_hold():
 
 
 def test_no_instruction_gives_its_answer_away_or_is_trained_on():
-    assert not {prompt for prompt, _ in INSTRUCTIONS} & set(PROMPTS)
+    assert not {prompt for prompt, _ in INSTRUCTIONS} & set(PROMPTS + BESIDES)
     given_away = [prompt for prompt, wanted in INSTRUCTIONS if re.search(wanted, prompt.lower())]
     assert given_away == ["Is the sun a star or a planet?", "Is a whale a fish or a mammal?"]  # choices between two
