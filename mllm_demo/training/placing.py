@@ -2,9 +2,9 @@
 
 Image tokens tell their row and column, and answers about places need them; but a language model that has only answers
 to learn from takes very long to carry a column from a patch to the word that it answers with. So a linear head, thrown
-away afterwards, reads one of its middle layers: at every word or label that picks something out ("largest value", too),
+away afterwards, reads one of its middle layers: at every word or label that picks something out ("largest", too),
 before every edge of a box and before every character that is spelled, it must tell where that thing is and what it is
-worth in a chart; at a plural, how many there are. It knows nothing of tokens or of how questions are asked.
+worth in a chart; at a plural, how many there are. It knows nothing of tokens.
 """
 
 import re
@@ -25,7 +25,10 @@ NOWHERE = (UNKNOWN,) * len(SIZES)
 FIELDS = {"columns": (0, 2), "rows": (1, 3), "values": (4,), "counts": (5,)}
 # Labels that are words of questions, too, are not told from them.
 _COMMON = frozenset(re.findall(r"[a-z]+", " ".join(sum(PHRASINGS.values(), ())).lower()))
-EXTREMES = {"largest value": max, "smallest value": min}  # of a chart, as answers call them
+# How questions call a chart's extremes. Where nothing asked at these words, the language model guessed the part, though
+# it told the part of a colour, at whose name it was asked.
+EXTREMES = dict.fromkeys(("largest", "highest", "greatest", "biggest", "most", "first by value", "beats", "top"), max)
+EXTREMES |= dict.fromkeys(("smallest", "lowest", "least", "last by value", "below all", "bottom"), min)
 _BOX = re.compile(r"\[[\d\s,]+\]")
 _EDGE = re.compile(r"\d+")
 
@@ -63,7 +66,8 @@ def places(scene: Scene) -> dict[str, Place]:
         parts = zip(chart.regions, chart.values, strict=True)
         parts = [place_of(scene, region, percent(value, chart.top) // 10) for region, value in parts]
         found |= {label: part for label, part in zip(chart.labels, parts, strict=True) if label not in _COMMON}
-        found |= {words: parts[chart.values.index(most(chart.values))] for words, most in EXTREMES.items()}
+        asked = {words: most for words, most in EXTREMES.items() if words not in chart.labels}
+        found |= {words: parts[chart.values.index(most(chart.values))] for words, most in asked.items()}
     return found
 
 

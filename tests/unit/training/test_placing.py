@@ -1,10 +1,14 @@
 """What tokens should know of places is what the picture shows, at the words that pick it out."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 
+from mllm_demo.training.phrasings import PHRASINGS
 from mllm_demo.training.placing import (
+    EXTREMES,
     FIELDS,
     NOWHERE,
     SIZES,
@@ -43,7 +47,17 @@ def test_labels_tell_their_region_and_value_unless_questions_use_the_word_and_so
     chart = Chart("bar", ("oak", "value"), (7, 3), (None, None), 10, regions)
     found = places(Scene(IMAGE, (), chart=chart))
     first, second = (0, 0, 5, 10, 7, UNKNOWN), (5, 0, 10, 10, 3, UNKNOWN)
-    assert found == {"oak": first, "largest value": first, "smallest value": second}
+    assert found.pop("oak") == first
+    assert found == {words: first if most is max else second for words, most in EXTREMES.items()}
+    made, _ = marks("Which bar has the lowest value?", found)
+    assert made == [Mark(24, second)]
+
+
+@pytest.mark.parametrize("kind, most", [("largest", max), ("smallest", min)])
+def test_the_middle_is_asked_at_every_way_of_calling_an_extreme(kind, most):
+    calls = [words for words, which in EXTREMES.items() if which is most]
+    for question in PHRASINGS[kind]:
+        assert re.search(rf"\b({'|'.join(calls)})\b", question.lower()), question
 
 
 def test_marks_end_with_the_mention_and_precede_every_edge_of_a_box_of_the_last_one():
