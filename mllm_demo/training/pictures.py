@@ -34,6 +34,8 @@ TITLES = {
     "longer-4": "III, on from 0.10",
     "labels-4": "III, on from new tokens",
     "extremes-4": "III, values before labels",
+    "again-4": "III, values first, from 0.10",
+    "talk-4": "III, 0.10 to 0.11",
     "stage2-1": "II, single LoRA",
     "stage3-1": "III, single LoRA",
 }
@@ -70,9 +72,10 @@ def curves(folder: Path) -> Figure:
         for index, (name, logged) in enumerate(runs.items()):
             points = [(starts[name] + row["step"], row[quantity]) for row in logged if quantity in row]
             if points:
-                style = ":" if name.endswith("-1") else "-"
+                single = name.endswith("-1")
                 again, hue = divmod(index, 10)  # ten hues, and then each once more, pale
-                colour = pyplot.get_cmap("tab20")(2 * hue + again)
+                colour = "black" if single else pyplot.get_cmap("tab20")(2 * hue + again)
+                style = ":" if single else "-"
                 axis.plot(*zip(*points, strict=True), style, color=colour, label=TITLES[name])
         axis.set(xlabel="step", title=LABELS[quantity], yscale="log" if quantity != "balance" else "linear")
         if quantity != "balance":

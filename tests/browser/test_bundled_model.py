@@ -36,6 +36,15 @@ def test_it_answers_its_examples(visit, url, example, said):
     expect(looking.answers(page).last).to_contain_text(said)
 
 
+def test_talk_of_something_else_after_a_picture_gets_an_answer_of_its_own(visit, url):
+    page = visit(url)
+    page.get_by_role("button", name=re.compile("Select example")).filter(has_text="How many ducks").click()
+    looking.wait_for_answer(page)
+    looking.ask(page, "What is the capital of France?")
+    looking.wait_for_answer(page)
+    expect(looking.answers(page).last).to_contain_text("Paris")
+
+
 def test_the_first_words_and_every_example_fit_the_empty_chat(visit, url):
     page = visit(url)
     chat, words = page.locator("#chat").bounding_box(), page.get_by_text("Drop or paste a picture below and ask,")
