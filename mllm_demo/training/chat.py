@@ -131,7 +131,7 @@ def build(options, device: torch.device, rank: int) -> tuple[PeftModel, object, 
     model.to(device)
     if rank > 0:
         wait_for_others()
-    written = {made.__name__: made(model, processor, options.base) for made in (texts, talk)}
+    written = {"texts": texts(model, processor, options.base), "talk": talk(model, processor, options.base)}
     if rank == 0:
         wait_for_others()
     if options.init:

@@ -10,7 +10,6 @@ can do. It knows nothing of stages or losses.
 """
 
 import argparse
-import shutil
 from collections.abc import Iterable
 from copy import deepcopy
 from pathlib import Path
@@ -18,11 +17,12 @@ from pathlib import Path
 import torch
 from peft import PeftModel, get_peft_model
 
-from mllm_demo.models.bundled.assembly import VISION_CONFIG, load_vision
+from mllm_demo.models.bundled.assembly import load_vision
 from mllm_demo.models.bundled.weights import ADAPTER, ASSETS, VISION_FILE
 from mllm_demo.moe_lora.layer import MoeLoraLayer
 from mllm_demo.training import art
-from mllm_demo.training.base import HEADS_FILE, build_model
+from mllm_demo.training.base import build_model, read_heads
+from mllm_demo.training.chat import export
 from mllm_demo.training.conversations import Conversations, Encoder, collate
 
 RIDGE = 1e-3  # of the mean square of an input's channels, added to each of them
@@ -109,9 +109,7 @@ def main() -> None:
         print("\nfitting", flush=True)
 
     single = one_lora(PeftModel.from_pretrained(model, options.init / ADAPTER.name), batches())
-    single.save_pretrained(options.to / ADAPTER.name)
-    for name in (VISION_FILE.name, VISION_CONFIG, HEADS_FILE):
-        shutil.copy(options.init / name, options.to / name)
+    export(single, read_heads(options.init), options.to)
 
 
 if __name__ == "__main__":

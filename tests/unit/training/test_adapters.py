@@ -18,16 +18,21 @@ from mllm_demo.training.adapters import (
 IDS = torch.arange(12).view(2, 6)
 
 
+def tiny() -> LlamaConfig:
+    """Of a language model that is built at once."""
+    return LlamaConfig(
+        vocab_size=32, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+
+
 class Holder(torch.nn.Module):
     """A language model under the name that it has inside a vision-language model."""
 
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.config = LlamaConfig(
-            vocab_size=32, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2,
-        )  # fmt: skip
+        self.config = tiny()
         self.language_model = LlamaForCausalLM(self.config)
         self.tower = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(4, 4)})  # a name that the decoder has too
 

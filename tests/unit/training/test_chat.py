@@ -5,13 +5,14 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import nn
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaModel
+from transformers import LlamaModel
 
 from mllm_demo.training import chat
 from mllm_demo.training.adapters import single_lora
 from mllm_demo.training.chat import Rounding
 from mllm_demo.training.conversations import IGNORED, Sample, collate
 from mllm_demo.training.placing import NOWHERE, PlaceHead
+from tests.unit.training.test_adapters import tiny
 
 
 def test_frozen_linear_weights_change_between_exact_and_rounded_in_place():
@@ -34,10 +35,7 @@ class Tiny(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.config = LlamaConfig(
-            vocab_size=32, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2,
-        )  # fmt: skip
+        self.config = tiny()
         self.model = nn.Module()
         self.model.language_model = LlamaModel(self.config)
         self.head = nn.Linear(48, 32, bias=False)
