@@ -10,7 +10,6 @@ stream); with `--split unseen-style` the art style too. It knows nothing of how 
 
 import argparse
 import json
-import math
 import time
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from mllm_demo.settings import QUANTIZATIONS
 from mllm_demo.training import art
 from mllm_demo.training.questions import TASKS, Question, ask
 from mllm_demo.training.scenes import SPLITS, render
-from mllm_demo.training.scoring import is_right
+from mllm_demo.training.scoring import interval, is_right
 from mllm_demo.training.trained import HELP, load_trained
 
 # The kinds of scene that let a task be asked.
@@ -95,14 +94,6 @@ def answers(loaded: LoadedModel, pairs: list[tuple[np.ndarray, str]], batch_size
         made = loaded.model.generate(**inputs.to(loaded.device), max_new_tokens=LONGEST_ANSWER, do_sample=False)
         said += processor.batch_decode(made[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
     return said
-
-
-def interval(right: int, count: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share."""
-    z, share = 1.96, right / count
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
-    return round(middle - half, 3), round(middle + half, 3)
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
-"""Draws what training left behind: the curves of a run, and how its experts divide the work.
+"""Draws what training left behind: curves of a run, what versions answered, how experts divide the work.
 
-    python -m mllm_demo.training.pictures                      # both, from the records in assets/training/
+    python -m mllm_demo.training.pictures                      # all, from the records in assets/training/
     python -m mllm_demo.training.pictures --curves runs/chat   # the curves of one's own run
 
 It knows nothing of models; the records are what `chat`, `experts` and `evaluate` wrote.
@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from mllm_demo.figures.palette import expert_colors
+from mllm_demo.training.scoring import interval
 
 RECORDS = Path(__file__).resolve().parents[2] / "assets" / "training"
 TITLES = {
@@ -89,6 +90,29 @@ def curves(folder: Path) -> Figure:
     return figure
 
 
+def versions(report: dict) -> Figure:
+    """One panel per goal, those that the last version misses first: what every version answered, and the goal."""
+    names, items, goals = [row["version"] for row in report["versions"]], report["items"], report["goals"]
+    right = {task: np.array([row["right"][task] for row in report["versions"]]) for task in goals}
+    shown = sorted(goals, key=lambda task: right[task][-1] - goals[task])
+    columns = math.ceil(len(shown) / 2)
+    figure, grid = pyplot.subplots(2, columns, figsize=(2.7 * columns, 5), squeeze=False, layout="constrained")
+    axes = grid.flatten()
+    for unused in axes[len(shown) :]:
+        unused.remove()
+    for axis, task in zip(axes, shown, strict=False):
+        low, high = np.array([interval(round(share * items), items) for share in right[task]]).T
+        axis.fill_between(names, low, high, alpha=0.2, linewidth=0, label="95 % interval")
+        axis.plot(names, right[task], "o-", markersize=3, label=f"right, of {items}")
+        axis.axhline(goals[task], linestyle=":", color="black", label="goal")
+        axis.set(title=task, ylim=(0, 1))
+        axis.tick_params(labelsize="x-small")
+        axis.grid(alpha=0.3)
+    labels = axes[0].get_legend_handles_labels()
+    figure.legend(*labels, loc="outside lower center", ncols=3, frameon=False, fontsize="small")
+    return figure
+
+
 def where(site: str) -> str:
     """A site's module path as people say it: layer and block."""
     layer = re.search(r"\.(\d+)\.", site)
@@ -140,10 +164,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--curves", type=Path, default=RECORDS / "curves", help="folder of stages with their log.jsonl")
     parser.add_argument("--experts", type=Path, default=RECORDS / "experts.json", help="what training.experts wrote")
+    parser.add_argument("--versions", type=Path, default=RECORDS / "versions.json", help="what versions answered")
     parser.add_argument("--out", type=Path, default=RECORDS, help="folder for the pictures")
     options = parser.parse_args()
     matplotlib.use("Agg")
     curves(options.curves).savefig(options.out / "curves.png", dpi=130)
+    versions(json.loads(options.versions.read_text())).savefig(options.out / "versions.png", dpi=130)
     if options.experts.exists():
         experts(json.loads(options.experts.read_text())).savefig(options.out / "experts.png", dpi=130)
     else:

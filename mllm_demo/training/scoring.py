@@ -1,5 +1,6 @@
 """Judges replies exactly. It knows nothing of models."""
 
+import math
 import re
 
 from mllm_demo.training.questions import Question
@@ -52,3 +53,11 @@ def is_right(question: Question, reply: str) -> bool:
     if key in SHAPES or key in NAME_FORMS:
         return {NAME_FORMS[form] for form in _NAMES.findall(said)} == {key}
     return key in said
+
+
+def interval(right: int, count: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share."""
+    z, share = 1.96, right / count
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
+    return round(middle - half, 3), round(middle + half, 3)

@@ -40,3 +40,12 @@ def test_experts_shows_the_router_that_tells_most():
     report = {"sites": sites, "information": [0.1, 0.1, 0.4, 0.1], "expected": [0.01] * 4}
     shown = words(pictures.experts(report | {"shares": shares, "masking": rows}))
     assert {"naming", "reading", "90%", "75%", "expert 1", "Tokens of each task by expert (attention 7)"} <= shown
+
+
+def test_versions_show_every_goal_the_most_missed_first():
+    rows = [{"version": v, "right": {"chart": chart, "naming": 0.8}} for v, chart in (("0.4", 0.2), ("0.5", 0.4))]
+    report = {"items": 200, "goals": {"naming": 0.7, "chart": 0.75}, "versions": rows}
+    first, second = pictures.versions(report).axes
+    assert (first.get_title(), second.get_title()) == ("chart", "naming")
+    right, goal = first.lines
+    assert list(right.get_ydata()) == [0.2, 0.4] and list(goal.get_ydata()) == [0.75, 0.75]
