@@ -20,6 +20,7 @@ from mllm_demo.training import art
 from mllm_demo.training.concepts import CellTargets, cell_targets
 from mllm_demo.training.placing import NOWHERE, UNKNOWN, Mark, Place, marks, places, spelled
 from mllm_demo.training.questions import Question, ask_all
+from mllm_demo.training.replies import turn
 from mllm_demo.training.scenes import SPLITS, render
 from mllm_demo.training.things import Scene
 
@@ -63,12 +64,7 @@ class Encoder:
         self.tokenizer = tokenizer
         # What the template puts before a question, between it and its answer, and after the answer.
         marks = ("QUESTION", "ANSWER")
-        text = processor.apply_chat_template(
-            [
-                {"role": "user", "content": [{"type": "text", "text": marks[0]}]},
-                {"role": "assistant", "content": [{"type": "text", "text": marks[1]}]},
-            ]
-        )
+        text = processor.apply_chat_template([turn("user", marks[0]), turn("assistant", marks[1])])
         before, rest = text.split(marks[0])
         between, after = rest.split(marks[1])
         self._ids = lru_cache(maxsize=4096)(self._tokenize)

@@ -14,13 +14,13 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 from mllm_demo.models.loading import LoadedModel
 from mllm_demo.settings import QUANTIZATIONS
 from mllm_demo.training import art
 from mllm_demo.training.questions import TASKS, Question, ask
+from mllm_demo.training.replies import PICTURE, replies, turn
 from mllm_demo.training.scenes import SPLITS, render
 from mllm_demo.training.scoring import interval, is_right
 from mllm_demo.training.trained import HELP, load_trained
@@ -43,7 +43,6 @@ SCENES = {
 CHARTS = ("bar", "line", "pie")
 PACKED = ("nf4", "fp4")
 GREY = 128
-LONGEST_ANSWER = 40
 
 
 def items(art_folder: Path, split: str, task: str, count: int, seed: int) -> list[tuple[np.ndarray, Question]]:
@@ -76,24 +75,10 @@ def straighten(loaded: LoadedModel) -> None:
     head.register_forward_pre_hook(lambda module, seen: (seen[0].contiguous(),))
 
 
-@torch.inference_mode()
-def answers(loaded: LoadedModel, pairs: list[tuple[np.ndarray, str]], batch_size: int = 100) -> list[str]:
+def answers(loaded: LoadedModel, pairs: list[tuple[np.ndarray, str]]) -> list[str]:
     """Greedy answers to (picture, prompt) pairs."""
-    said, processor = [], loaded.processor
-    for start in range(0, len(pairs), batch_size):
-        batch = pairs[start : start + batch_size]
-        texts = [
-            processor.apply_chat_template(
-                [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}],
-                add_generation_prompt=True,
-            )
-            for _, prompt in batch
-        ]
-        pictures = [Image.fromarray(picture) for picture, _ in batch]
-        inputs = processor(text=texts, images=pictures, return_tensors="pt", padding=True, padding_side="left")
-        made = loaded.model.generate(**inputs.to(loaded.device), max_new_tokens=LONGEST_ANSWER, do_sample=False)
-        said += processor.batch_decode(made[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
-    return said
+    talks = [[turn("user", prompt, PICTURE)] for _, prompt in pairs]
+    return replies(loaded, talks, [Image.fromarray(picture) for picture, _ in pairs])
 
 
 def main() -> None:

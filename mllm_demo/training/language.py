@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from mllm_demo.models.loading import LoadedModel
 from mllm_demo.settings import QUANTIZATIONS
+from mllm_demo.training.replies import PICTURE, replies, turn
 from mllm_demo.training.trained import HELP, load_trained
 
 PASSAGES = (
@@ -121,7 +122,6 @@ INSTRUCTIONS = (
     ("Complete the sentence: Roses are red, violets are", r"\bblue\b"),
     ("Write the number seven in digits.", r"\b7\b"),
 )  # fmt: skip
-LONGEST_ANSWER = 40
 
 
 @torch.inference_mode()
@@ -136,25 +136,10 @@ def perplexity(loaded: LoadedModel) -> float:
     return math.exp(total / count)
 
 
-@torch.inference_mode()
-def replies(loaded: LoadedModel, talks: list[list[dict]], picture: Image.Image | None = None) -> list[str]:
-    """Greedy replies to conversations, each of which shows `picture`, or none."""
-    processor = loaded.processor
-    texts = [processor.apply_chat_template(talk, add_generation_prompt=True) for talk in talks]
-    images = {"images": [picture] * len(texts)} if picture else {}
-    inputs = processor(text=texts, **images, return_tensors="pt", padding=True, padding_side="left")
-    made = loaded.model.generate(**inputs.to(loaded.device), max_new_tokens=LONGEST_ANSWER, do_sample=False)
-    return processor.batch_decode(made[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
-
-
-def turn(role: str, text: str, *before: dict) -> dict:
-    return {"role": role, "content": [*before, {"type": "text", "text": text}]}
-
-
 def after(loaded: LoadedModel, picture: Image.Image) -> list[dict]:
     """How a conversation about `picture` begins: a question, and what the model answers."""
-    asked = turn("user", "What is in the picture?", {"type": "image"})
-    return [asked, turn("assistant", replies(loaded, [[asked]], picture)[0])]
+    asked = turn("user", "What is in the picture?", PICTURE)
+    return [asked, turn("assistant", replies(loaded, [[asked]], [picture])[0])]
 
 
 def followed(said: list[str]) -> list[bool]:
@@ -187,7 +172,7 @@ def main() -> None:
     if options.picture:
         picture = Image.open(options.picture).convert("RGB")
         begun = after(loaded, picture)
-        said = replies(loaded, [[*begun, turn("user", prompt)] for prompt in prompts], picture)
+        said = replies(loaded, [[*begun, turn("user", prompt)] for prompt in prompts], [picture] * len(prompts))
         found["after a picture"] = {"right": sum(followed(said))}
         print(f"after a picture: {found['after a picture']['right']} of {len(prompts)} instructions")
         for prompt, reply in zip(prompts, said, strict=True) if options.show else ():

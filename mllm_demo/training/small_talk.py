@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from mllm_demo.models.quantize import compute_dtype
+from mllm_demo.training.replies import turn
 
 PROMPTS = (
     "What is the capital of France?", "Hi!", "Hello, who are you?", "How are you today?", "Tell me a short joke.",
@@ -74,8 +75,7 @@ LENGTH, BATCH = 96, 80
 
 
 def _asked(processor, prompt: str) -> str:
-    message = {"role": "user", "content": [{"type": "text", "text": prompt}]}
-    return processor.apply_chat_template([message], add_generation_prompt=True)
+    return processor.apply_chat_template([turn("user", prompt)], add_generation_prompt=True)
 
 
 @torch.no_grad()
