@@ -3,6 +3,7 @@
     python -m mllm_demo.training.chat --stage 1 --steps 500                # reader and a single LoRA
     python -m mllm_demo.training.chat --stage 2 --steps 100                # experts copied from it, routers balanced
     python -m mllm_demo.training.chat --stage 3 --steps 400                # experts on the full mixture
+    python -m mllm_demo.training.chat --stage 3 --middle --init assets/bundled --out runs/middle    # a lesson apart
     python -m mllm_demo.training.chat --stage 3 --export                   # writes the shipped files, or those --to
     python -m mllm_demo.training.chat --stage 3 --init assets/bundled --out runs/more --seed 1  # from what is shipped
     python -m mllm_demo.training.chat --stage 3 --init assets/bundled --out runs/more --export --blend 0.5  # half-way
@@ -15,6 +16,9 @@ Beside the adapter learns the reader: the tower's transformer layers and the con
 are. Loss: on answers, on drifting away from the language model's own speech where there is text alone or talk that
 needs no picture, on not knowing where things are in the middle of the language model (see `placing`), on image tokens
 from which stage 0's heads can no longer read names, letters, counts, values and ranks, and on unevenly used experts.
+`--middle` is a lesson about charts, most of all about which part is largest or smallest, for the adapter up to the
+layer that is asked for places: nothing above it is computed and the reader stays as it is, which takes half the time.
+What is said afterwards is stage III's to mend.
 Every stage resumes from its own `last.pt`. It knows nothing of evaluation.
 """
 
@@ -56,7 +60,7 @@ from mllm_demo.training.tower import DENSE, DenseHeads, dense_heads
 # Weight of the balance loss: strong while the routers find their first division of labour, weak afterwards.
 BALANCE = {2: 0.05, 3: 0.01}
 WEIGHTS = {"answers": 1.0, "text": 3.0, "talk": 2.0, "tokens": 0.5}
-WEIGHTS |= {"columns": 1.0, "rows": 0.25, "values": 0.5, "counts": 0.5}  # what the middle tells
+WEIGHTS |= {"columns": 1.0, "rows": 0.25, "values": 0.5, "counts": 0.5, "extremes": 1.5}  # what the middle tells
 PLACED = 20  # the language model's layer, of 30, after which places are asked for
 PLACE_LR = 2e-3
 
@@ -198,6 +202,21 @@ def alone(model: PeftModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tens
         return model.get_output_embeddings()(hidden[mask.bool()]).float().log_softmax(-1)
 
 
+def places_told(
+    place_head: PlaceHead, middle: torch.Tensor, batch: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """What `place_head` misses where the hidden states `middle [B, T, hidden]` should know of places."""
+    placed = (batch["places"] != UNKNOWN).any(-1)
+    return place_head(middle[placed], batch["places"][placed])
+
+
+def losses_of_middle(
+    model: PeftModel, place_head: PlaceHead, batch: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """`places_told` alone, of a batch in which every sample has a picture."""
+    return places_told(place_head, hidden_states(model, batch, see(model, batch["pixel_values"]))[1], batch)
+
+
 def losses_of(
     model: PeftModel, place_head: PlaceHead, cell_heads: DenseHeads, batch: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
@@ -219,8 +238,7 @@ def losses_of(
         kept["talk"] = (wanted, batch["talkers"][rows], starts[rows] + columns)
     tokens = see(model, batch["pixel_values"]) if "pixel_values" in batch else None
     hidden, middle = hidden_states(model, batch, tokens)
-    placed = (batch["places"] != UNKNOWN).any(-1)
-    losses = place_head(middle[placed], batch["places"][placed])
+    losses = places_told(place_head, middle, batch)
     if tokens is not None:
         told = cell_heads(tokens, CellTargets(*(batch[name] for name in CellTargets._fields)))
         losses["tokens"] = sum(weight * told[name] for name, weight in DENSE.items())
@@ -258,6 +276,7 @@ def main() -> None:
     parser.add_argument("--tower", type=Path, default=TAUGHT_FILE, help="what stage 0 taught")
     parser.add_argument("--init", type=Path, help="go on from a model in the layout of assets/bundled, in stage 3")
     parser.add_argument("--average", type=float, default=0.98, help="how much of the average of weights a step keeps")
+    parser.add_argument("--middle", action="store_true", help="a lesson of charts for the layers that tell places")
     parser.add_argument("--compile", action="store_true", help="a third faster on a CPU with a C++ compiler")
     parser.add_argument("--export", action="store_true", help="only write the shipped files from the last checkpoint")
     parser.add_argument("--blend", type=float, default=1.0, help="of --export: how far from what --init held, 0 to 1")
@@ -265,12 +284,14 @@ def main() -> None:
     options = parser.parse_args()
     if options.init and options.stage != 3:
         parser.error("--init goes on with a whole model, which is stage 3; leave it out or choose --stage 3.")
+    if options.middle and not options.init:
+        parser.error("--middle is a lesson for a whole model; say which with --init, and --stage 3.")
     if options.blend != 1.0 and not (options.init and options.export and 0.0 <= options.blend < 1.0):
         parser.error("--blend is a share from 0 to 1 of the way from --init to what --export writes; give all three.")
     rank, world, device = begin(options)
 
     model, processor, written = build(options, device, rank)
-    reader = reader_of(model).requires_grad_(True)
+    reader = reader_of(model).requires_grad_(not options.middle)
     narrow(model, compute_dtype(device))
     if device.type == "cpu":
         model.base_model.model.set_attn_implementation(attention.NAME)
@@ -309,7 +330,7 @@ def main() -> None:
     # Every stage goes on with pictures that no stage before it has drawn.
     data = Conversations(
         options.art, "train", options.seed + options.stage, (options.steps - run.step) * options.batch_size, encoder,
-        start=run.step * options.batch_size, **written,
+        start=run.step * options.batch_size, **({"mix": {"chart": 1.0}} if options.middle else written),
     )  # fmt: skip
     data = Subset(data, range(rank, len(data), world))
     pad = processor.tokenizer.pad_token_id
@@ -318,15 +339,22 @@ def main() -> None:
     )  # fmt: skip
 
     weights = WEIGHTS | {"balance": BALANCE.get(options.stage, 0.0)}
-    rounding = Rounding(parts_of(model).language_model)
+    language_model = parts_of(model).language_model
+    rounding, layers = Rounding(language_model), language_model.layers
+    if options.middle:
+        language_model.layers = layers[: PLACED + 1]
     model.train()
     parts_of(model).vision_tower.eval()
     for batch in loader:
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * cosine(run.step, options.steps, 25)
         rounding.use(run.step % 2 == 0)
-        losses = losses_of(model, place_head, cell_heads, {n: value.to(device) for n, value in batch.items()})
-        if options.stage > 1 and options.experts > 1:
+        batch = {name: value.to(device) for name, value in batch.items()}
+        if options.middle:
+            losses = losses_of_middle(model, place_head, batch)
+        else:
+            losses = losses_of(model, place_head, cell_heads, batch)
+        if options.stage > 1 and options.experts > 1 and not options.middle:
             losses["balance"] = model.base_model.router_aux_loss()
         sum(weights[name] * loss for name, loss in losses.items()).backward()
         masters.take_gradients()
@@ -339,6 +367,7 @@ def main() -> None:
         run.advance(dict(zip(losses, torch.stack([*losses.values()]).tolist(), strict=True)))
         if run.step % options.every == 0 or run.step == options.steps:
             run.save()
+    language_model.layers = layers
     if rank == 0:
         model.float()
         masters.become(average)

@@ -7,6 +7,7 @@ knows nothing of optimizers; the text between the words is the processor's own c
 
 import math
 from bisect import bisect_right
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
@@ -39,7 +40,8 @@ TASK_WEIGHTS = {"counting": 3.0, "reading": 1.5, "chart": 2.0, "table": 1.5}
 @dataclass(frozen=True)
 class Sample:
     """`input_ids`, `labels`: int64 `[T]`, labels already at the positions that predict them; `weights`: float32 `[T]`
-    of the labels; `pixels` or None; `places`: int64 `[T, 6]`, what each token should know (`placing.SIZES`).
+    of the labels; `pixels` or None; `places`: int64 `[T, 7]`, what each token should know (`placing.SIZES`
+    and whether by comparing).
 
     `is_text`: the language model's own text, without labels, at which its speech is to be kept; `cells`: what the
     picture's image tokens should tell, None where nobody asks; `talk`: int64 `[L]`, the last L of the `input_ids`, at
@@ -197,10 +199,11 @@ class Conversations(Dataset):
         texts: tuple[str, ...] = (),
         talk: tuple[str, ...] = (),
         text_share: float = 0.125,
+        mix: Mapping[str, float] = MIX,
     ):
         self.art_folder, self.split, self.seed, self.count = art_folder, SPLITS[split], seed, count
         self.encoder, self.most, self.start = encoder, most, start
-        self.texts, self.talk, self.text_share = texts, talk, text_share
+        self.texts, self.talk, self.text_share, self.mix = texts, talk, text_share, mix
 
     def __len__(self) -> int:
         return self.count
@@ -212,7 +215,7 @@ class Conversations(Dataset):
             return self.encoder.encode_text(self.texts[rng.integers(len(self.texts))])
         questions: list[Question] = []
         while not questions:  # few pictures allow no question that is tried; another one then
-            kind = str(rng.choice(list(MIX), p=list(MIX.values())))
+            kind = str(rng.choice(list(self.mix), p=list(self.mix.values())))
             scene = render(art.load(self.art_folder), self.split, self.seed, index, kind=kind)
             questions = ask_all(rng, scene, self.most)
         pixels = self.encoder.processor.image_processor(scene.image, return_tensors="pt").pixel_values[0]

@@ -21,8 +21,11 @@ from mllm_demo.training.wording import MASS, percent, plural
 
 TENS = 11  # 0 to 10 tens of a percent
 SIZES = (TENS,) * 5 + (MAX_COUNT + 1,)  # left, top, right, bottom, value, count
-NOWHERE = (UNKNOWN,) * len(SIZES)
+COMPARED = 1  # last in a place that is picked out by comparing all the others; else UNKNOWN
+NOWHERE = (UNKNOWN,) * (len(SIZES) + 1)
 FIELDS = {"columns": (0, 2), "rows": (1, 3), "values": (4,), "counts": (5,)}
+# Asked of what is compared alone, and not there with the rest, of which it is one in fifty and would not be learned.
+FIELDS |= {"extremes": (0, 2, 4)}
 # Labels that are words of questions, too, are not told from them.
 _COMMON = frozenset(re.findall(r"[a-z]+", " ".join(sum(PHRASINGS.values(), ())).lower()))
 # How questions call a chart's extremes. Where nothing asked at these words, the language model guessed the part, though
@@ -45,8 +48,8 @@ class Mark:
 
 
 def place_of(scene: Scene, box, value: int = UNKNOWN) -> Place:
-    """Tens of percent of the four edges of `box` (pixels), `value` as it is, no count."""
-    return (*(percent(edge, scene.image.shape[0]) // 10 for edge in box), value, UNKNOWN)
+    """Tens of percent of the four edges of `box` (pixels), `value` as it is, no count, nothing compared."""
+    return (*(percent(edge, scene.image.shape[0]) // 10 for edge in box), value, UNKNOWN, UNKNOWN)
 
 
 def places(scene: Scene) -> dict[str, Place]:
@@ -59,7 +62,7 @@ def places(scene: Scene) -> dict[str, Place]:
     found: dict[str, Place] = {}
     for words, those in named.items():
         if words not in MASS and words == those[0].name:
-            found[plural(words)] = (*NOWHERE[:5], min(len(those), MAX_COUNT))
+            found[plural(words)] = (*NOWHERE[:5], min(len(those), MAX_COUNT), UNKNOWN)
         if len(those) == 1:
             found[words] = place_of(scene, those[0].box)
     if (chart := scene.chart) is not None:
@@ -67,7 +70,8 @@ def places(scene: Scene) -> dict[str, Place]:
         parts = [place_of(scene, region, percent(value, chart.top) // 10) for region, value in parts]
         found |= {label: part for label, part in zip(chart.labels, parts, strict=True) if label not in _COMMON}
         asked = {words: most for words, most in EXTREMES.items() if words not in chart.labels}
-        found |= {words: parts[chart.values.index(most(chart.values))] for words, most in asked.items()}
+        extremes = {most: (*parts[chart.values.index(most(chart.values))][:-1], COMPARED) for most in (min, max)}
+        found |= {words: extremes[most] for words, most in asked.items()}
     return found
 
 
@@ -97,7 +101,7 @@ def spelled(scene: Scene, text: str) -> list[Place]:
 
 
 class PlaceHead(nn.Module):
-    """Hidden states `[marked, width]` and their places int64 `[marked, 6]` → cross entropies by kind of field."""
+    """Hidden states `[marked, width]` and their places int64 `[marked, 7]` → cross entropies by kind of field."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -106,9 +110,10 @@ class PlaceHead(nn.Module):
     def forward(self, hidden: torch.Tensor, wanted: torch.Tensor) -> dict[str, torch.Tensor]:
         hidden = functional.layer_norm(hidden.float(), hidden.shape[-1:])
         logits = self.read(hidden).split(SIZES, dim=-1)
-        losses = {}
+        losses, compared = {}, wanted[:, -1:] == COMPARED
         for name, fields in FIELDS.items():
             said, target = torch.stack([logits[f] for f in fields], 1), wanted[:, list(fields)]
+            target = target.where(compared if name == "extremes" else ~compared, UNKNOWN)
             known = target != UNKNOWN
             # A mean over none would be no number; the sum over none is nothing and still has a gradient.
             each = functional.cross_entropy(said.flatten(0, 1), target.flatten(), ignore_index=UNKNOWN, reduction="sum")

@@ -11,7 +11,7 @@ from mllm_demo.training import chat
 from mllm_demo.training.adapters import single_lora
 from mllm_demo.training.chat import Rounding
 from mllm_demo.training.conversations import IGNORED, Sample, collate
-from mllm_demo.training.placing import NOWHERE, PlaceHead
+from mllm_demo.training.placing import COMPARED, NOWHERE, UNKNOWN, PlaceHead
 from tests.unit.training.test_adapters import tiny
 
 
@@ -88,3 +88,19 @@ def test_talk_after_a_picture_is_held_against_what_the_language_model_says_to_it
     with torch.no_grad():
         kept = chat.losses_of(model, PlaceHead(48), None, collate([sample([], talk)], pad=0))["talk"]
     assert (kept > 1e-3) == trained  # nothing stands before it: only the adapter can change what is said
+
+
+def test_the_lesson_of_the_middle_tells_of_places_as_the_whole_does_without_what_stands_above(monkeypatch):
+    monkeypatch.setattr(chat, "PLACED", 0)
+    model = single_lora(Tiny()).eval()
+    monkeypatch.setattr(chat, "see", lambda model, pixels: None)
+    there = sample([3, 9, 4, 11, 7], [])
+    there.places[2] = torch.tensor((1, 2, 3, 4, 5, UNKNOWN, COMPARED))
+    batch, head = collate([there], pad=0) | {"pixel_values": None}, PlaceHead(48)
+    with torch.no_grad():
+        whole = chat.losses_of(model, head, None, collate([there], pad=0))
+        layers = chat.parts_of(model).language_model.layers
+        chat.parts_of(model).language_model.layers = layers[:1]
+        lesson = chat.losses_of_middle(model, head, batch)
+    assert lesson["extremes"] > 0 and len(layers) > 1
+    assert all(torch.equal(value, whole[name]) for name, value in lesson.items())

@@ -8,6 +8,7 @@ import torch
 
 from mllm_demo.training.phrasings import PHRASINGS
 from mllm_demo.training.placing import (
+    COMPARED,
     EXTREMES,
     FIELDS,
     NOWHERE,
@@ -30,8 +31,8 @@ SCENE = Scene(IMAGE, (DOG, RED, BLUE))
 
 
 def test_a_place_is_the_tens_of_an_answer_in_percent():
-    assert place_of(SCENE, DOG.box) == (1, 2, 4, 6, UNKNOWN, UNKNOWN)
-    assert place_of(SCENE, (0, 0, 199.9, 200), value=3) == (0, 0, 10, 10, 3, UNKNOWN)
+    assert place_of(SCENE, DOG.box) == (1, 2, 4, 6, UNKNOWN, UNKNOWN, UNKNOWN)
+    assert place_of(SCENE, (0, 0, 199.9, 200), value=3) == (0, 0, 10, 10, 3, UNKNOWN, UNKNOWN)
 
 
 def test_words_tell_a_place_only_if_they_pick_one_thing_out_and_plurals_tell_how_many():
@@ -39,7 +40,7 @@ def test_words_tell_a_place_only_if_they_pick_one_thing_out_and_plurals_tell_how
     assert found["dog"] == place_of(SCENE, DOG.box)
     assert found["red star"] == place_of(SCENE, RED.box)
     assert "star" not in found  # there are two
-    assert found["stars"] == (*NOWHERE[:5], 2) and found["dogs"][5] == 1
+    assert found["stars"] == (*NOWHERE[:5], 2, UNKNOWN) and found["dogs"][5] == 1
 
 
 def test_labels_tell_their_region_and_value_unless_questions_use_the_word_and_so_do_extremes():
@@ -47,7 +48,8 @@ def test_labels_tell_their_region_and_value_unless_questions_use_the_word_and_so
     chart = Chart("bar", ("oak", "value"), (7, 3), (None, None), 10, regions)
     found = places(Scene(IMAGE, (), chart=chart))
     first, second = (0, 0, 5, 10, 7, UNKNOWN), (5, 0, 10, 10, 3, UNKNOWN)
-    assert found.pop("oak") == first
+    assert found.pop("oak") == (*first, UNKNOWN)
+    first, second = (*first, COMPARED), (*second, COMPARED)
     assert found == {words: first if most is max else second for words, most in EXTREMES.items()}
     made, _ = marks("Which bar has the lowest value?", found)
     assert made == [Mark(24, second)]
@@ -89,8 +91,9 @@ def test_spelled_text_stands_where_its_letters_are(art):
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_a_head_that_knows_loses_nothing_and_one_that_does_not_loses_as_much_as_a_guess(name):
-    wanted = torch.full((5, len(SIZES)), UNKNOWN)
+    wanted = torch.full((5, len(NOWHERE)), UNKNOWN)
     wanted[:, list(FIELDS[name])] = 1
+    wanted[:, -1] = COMPARED if name == "extremes" else UNKNOWN
     head = PlaceHead(8)
     torch.nn.init.zeros_(head.read.weight), torch.nn.init.zeros_(head.read.bias)
     guess = head(torch.randn(5, 8), wanted)
@@ -103,6 +106,6 @@ def test_a_head_that_knows_loses_nothing_and_one_that_does_not_loses_as_much_as_
 
 
 def test_no_mark_is_no_loss_and_no_error():
-    losses = PlaceHead(8)(torch.zeros(0, 8), torch.zeros(0, len(SIZES), dtype=torch.long))
+    losses = PlaceHead(8)(torch.zeros(0, 8), torch.zeros(0, len(NOWHERE), dtype=torch.long))
     assert all(loss == 0 for loss in losses.values())
     sum(losses.values()).backward()
