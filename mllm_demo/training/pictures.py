@@ -37,15 +37,15 @@ TITLES = {
     "extremes-4": "III, values before labels",
     "again-4": "III, values first, from 0.10",
     "talk-4": "III, 0.10 to 0.11",
-    "pair-4": "III, on from 0.11",
+    "onward-4": "III, on from 0.11",
+    "middle-4": "lesson of extremes, from 0.11",
+    "picked-4": "III, 0.11 to 0.12",
     "stage2-1": "II, single LoRA",
     "stage3-1": "III, single LoRA",
-    "pair-1": "III, single LoRA, on from 0.11",
 }
-BESIDE = {"pair-1": "pair-4"}  # begins where that run does
 LABELS = {
     "answers": "loss on answers", "columns": "loss on columns, in the middle", "values": "loss on values of charts",
-    "counts": "loss on counts", "text": "drift of text alone, nats", "balance": "imbalance of experts",
+    "counts": "loss on counts", "extremes": "loss on charts' extremes", "text": "drift of text alone, nats", "balance": "imbalance of experts",
 }  # fmt: skip
 PANELS = 3  # side by side
 
@@ -69,7 +69,7 @@ def curves(folder: Path) -> Figure:
     starts, ends = {}, {"4": 0, "1": 0}
     for name, logged in runs.items():
         tracks = ends if name == "stage1" else [name.rpartition("-")[2]]
-        starts[name] = starts[BESIDE[name]] if name in BESIDE else max(ends[track] for track in tracks)
+        starts[name] = max(ends[track] for track in tracks)
         for track in tracks:
             ends[track] = starts[name] + logged[-1]["step"]
     for axis, quantity in zip(axes, shown, strict=False):
