@@ -45,7 +45,8 @@ TITLES = {
 }
 LABELS = {
     "answers": "loss on answers", "columns": "loss on columns, in the middle", "values": "loss on values of charts",
-    "counts": "loss on counts", "extremes": "loss on charts' extremes", "text": "drift of text alone, nats", "balance": "imbalance of experts",
+    "counts": "loss on counts", "extremes": "loss on charts' extremes", "text": "drift of text alone, nats",
+    "balance": "imbalance of experts",
 }  # fmt: skip
 PANELS = 3  # side by side
 
