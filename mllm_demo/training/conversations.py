@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from mllm_demo.training import art
 from mllm_demo.training.concepts import CellTargets, cell_targets
-from mllm_demo.training.placing import NOWHERE, UNKNOWN, Mark, Place, marks, places, spelled
+from mllm_demo.training.placing import COMPARED, NOWHERE, UNKNOWN, Mark, Place, compared, marks, places, spelled
 from mllm_demo.training.questions import Question, ask_all
 from mllm_demo.training.replies import turn
 from mllm_demo.training.scenes import SPLITS, render
@@ -92,8 +92,11 @@ class Encoder:
                 known[index] = mark.place
         return read.input_ids, known
 
-    def _answer(self, text: str, noted: list[Mark], scene: Scene | None) -> tuple[list[int], list[Place]]:
-        """Token ids of an answer, quoted parts one character a token, and what each should know."""
+    def _answer(
+        self, text: str, noted: list[Mark], scene: Scene | None, picked: bool
+    ) -> tuple[list[int], list[Place]]:
+        """Token ids of an answer, quoted parts one character a token, and what each should know; `picked`: what it
+        quotes was asked for by comparing."""
         ids: list[int] = []
         known: list[Place] = []
         start = 0
@@ -103,13 +106,14 @@ class Encoder:
             if index % 2 == 1:
                 ids += [self._ids(char)[0] for char in piece]
                 if scene is not None and piece:  # a character is predicted, and its place known, one token earlier
-                    known[-1:] = spelled(scene, piece)
+                    first, *rest = spelled(scene, piece)
+                    known[-1:] = [compared(first) if picked and first != NOWHERE else first, *rest]
                     known.append(NOWHERE)
                 else:
                     known += [NOWHERE] * len(piece)
             else:
-                first = start - (index > 0)
-                inside = [replace(m, end=m.end - first) for m in noted if first < m.end <= first + len(prose)]
+                begins = start - (index > 0)
+                inside = [replace(m, end=m.end - begins) for m in noted if begins < m.end <= begins + len(prose)]
                 read, told = self._read(prose, inside)
                 ids, known = ids + read, known + told
             start += len(piece) + 1
@@ -167,7 +171,8 @@ class Encoder:
             said, last = marks(answer, found, last)
             words, of_words = self._read(question, [mark for mark in asked if not mark.before])
             prompt = self.before + picture + words + self.between
-            reply, of_reply = self._answer(answer, said, scene)
+            picked = any(mark.place[-1] == COMPARED for mark in asked)
+            reply, of_reply = self._answer(answer, said, scene, picked)
             reply = reply + self.end
             ids += prompt + reply + self.after
             labels += [IGNORED] * len(prompt) + reply + [IGNORED] * len(self.after)

@@ -52,6 +52,11 @@ def place_of(scene: Scene, box, value: int = UNKNOWN) -> Place:
     return (*(percent(edge, scene.image.shape[0]) // 10 for edge in box), value, UNKNOWN, UNKNOWN)
 
 
+def compared(place: Place) -> Place:
+    """`place` as one that is picked out by comparing."""
+    return (*place[:-1], COMPARED)
+
+
 def places(scene: Scene) -> dict[str, Place]:
     """What words that pick something out of the scene should tell: names, coloured names, plurals, chart labels."""
     things = scene.of_kind("object", "shape", "part")
@@ -70,7 +75,7 @@ def places(scene: Scene) -> dict[str, Place]:
         parts = [place_of(scene, region, percent(value, chart.top) // 10) for region, value in parts]
         found |= {label: part for label, part in zip(chart.labels, parts, strict=True) if label not in _COMMON}
         asked = {words: most for words, most in EXTREMES.items() if words not in chart.labels}
-        extremes = {most: (*parts[chart.values.index(most(chart.values))][:-1], COMPARED) for most in (min, max)}
+        extremes = {most: compared(parts[chart.values.index(most(chart.values))]) for most in (min, max)}
         found |= {words: extremes[most] for words, most in asked.items()}
     return found
 
@@ -110,10 +115,10 @@ class PlaceHead(nn.Module):
     def forward(self, hidden: torch.Tensor, wanted: torch.Tensor) -> dict[str, torch.Tensor]:
         hidden = functional.layer_norm(hidden.float(), hidden.shape[-1:])
         logits = self.read(hidden).split(SIZES, dim=-1)
-        losses, compared = {}, wanted[:, -1:] == COMPARED
+        losses, picked = {}, wanted[:, -1:] == COMPARED
         for name, fields in FIELDS.items():
             said, target = torch.stack([logits[f] for f in fields], 1), wanted[:, list(fields)]
-            target = target.where(compared if name == "extremes" else ~compared, UNKNOWN)
+            target = target.where(picked if name == "extremes" else ~picked, UNKNOWN)
             known = target != UNKNOWN
             # A mean over none would be no number; the sum over none is nothing and still has a gradient.
             each = functional.cross_entropy(said.flatten(0, 1), target.flatten(), ignore_index=UNKNOWN, reduction="sum")

@@ -22,9 +22,9 @@ from mllm_demo.training.conversations import (
     Encoder,
     collate,
 )
-from mllm_demo.training.placing import UNKNOWN
+from mllm_demo.training.placing import COMPARED, UNKNOWN
 from mllm_demo.training.questions import Question
-from mllm_demo.training.things import Scene, Thing
+from mllm_demo.training.things import Chart, Scene, Thing
 
 
 class Processor:
@@ -230,3 +230,21 @@ def test_a_batch_is_padded_on_the_right_and_holds_only_the_pictures_there_are(en
     assert (batch["places"][1, rest:] == UNKNOWN).all()
     assert batch["attention_mask"].sum(1).tolist() == [len(long.input_ids), rest]
     assert "pixel_values" not in collate([short], pad=7)
+
+
+def test_the_label_of_an_extreme_is_asked_for_apart_where_its_first_character_is_said(encoder):
+    letters = tuple(Thing("letter", char, (20 * i, 150, 20 * i + 20, 180)) for i, char in enumerate("oakelm"))
+    regions = ((0, 0, 60, 150), (60, 0, 120, 150))
+    chart = Chart("bar", ("oak", "elm"), (7, 3), ("red", None), 10, regions)
+    scene = Scene(np.zeros((200, 200, 3), np.uint8), letters, chart=chart)
+    turns = [("Which bar is the lowest?", 'It is "elm".'), ("What is written for the red bar?", 'It is "oak".')]
+    sample = encoder.encode(turns, torch.zeros(3, 2, 2), scene)
+    tokens = [encoder.tokenizer.decode([one]) for one in sample.input_ids.tolist()]
+    told = [
+        (token, after, tuple(place[:4]))
+        for token, after, place in zip(tokens, tokens[1:], sample.places.tolist(), strict=False)
+        if place[-1] == COMPARED
+    ]
+    word, label = told
+    assert word[:2] == ("t", "?") and word[2] == (3, 0, 6, 7)  # the end of "lowest"
+    assert label[1] == "e" and label[2] == (3, 7, 4, 9)
