@@ -39,7 +39,7 @@ TITLES = {
     "talk-4": "III, 0.10 to 0.11",
     "onward-4": "III, on from 0.11",
     "middle-4": "lesson of extremes, from 0.11",
-    "picked-4": "III, 0.11 to 0.12",
+    "picked-4": "III, on from that lesson",
     "stage2-1": "II, single LoRA",
     "stage3-1": "III, single LoRA",
 }
@@ -89,8 +89,9 @@ def curves(folder: Path) -> Figure:
             ticks(lambda value, position: f"{value:.3g}")
         axis.tick_params(axis="y", which="both", labelsize="x-small")
         axis.grid(alpha=0.3)
-    labels = axes[0].get_legend_handles_labels()
-    figure.legend(*labels, loc="outside lower center", ncols=4, frameon=False, fontsize="small")
+    lines = {line.get_label(): line for axis in axes[: len(shown)] for line in axis.lines}  # no panel has every run
+    lines = [lines[TITLES[name]] for name in runs if TITLES[name] in lines]
+    figure.legend(handles=lines, loc="outside lower center", ncols=4, frameon=False, fontsize="small")
     return figure
 
 

@@ -28,6 +28,7 @@ def run(tmp_path):
 def test_curves_name_their_stages_and_follow_each_other(run):
     figure = pictures.curves(run)
     assert {"loss on answers", "imbalance of experts"} <= words(figure)
+    assert {pictures.TITLES["stage1"], pictures.TITLES["stage3-4"]} <= words(figure)  # though no panel has both
     first, second = figure.axes
     assert list(first.lines[0].get_xdata()) == [10, 20]
     assert list(second.lines[0].get_xdata()) == [30, 40]
