@@ -40,6 +40,7 @@ TITLES = {
     "onward-4": "III, on from 0.11",
     "middle-4": "lesson of extremes, from 0.11",
     "picked-4": "III, on from that lesson",
+    "firsts-4": "lesson again, labels' first letters",
     "stage2-1": "II, single LoRA",
     "stage3-1": "III, single LoRA",
 }
