@@ -42,7 +42,7 @@ from mllm_demo.training import art, attention
 from mllm_demo.training.adapters import lora_state, mixture, single_lora
 from mllm_demo.training.base import TAUGHT_FILE, build_model, load_taught, read_heads, read_taught, save_heads
 from mllm_demo.training.concepts import CellTargets
-from mllm_demo.training.conversations import IGNORED, Conversations, Encoder, collate
+from mllm_demo.training.conversations import IGNORED, MIX, Conversations, Encoder, collate
 from mllm_demo.training.placing import UNKNOWN, PlaceHead
 from mllm_demo.training.runs import (
     Masters,
@@ -130,12 +130,14 @@ def heads_before(options) -> dict[str, dict[str, torch.Tensor]]:
 
 def build(options, device: torch.device, rank: int) -> tuple[PeftModel, object, dict[str, tuple[str, ...]]]:
     """The adapted model where the stage before `options.stage` left it, on `device`, its processor, and what its
-    language model wrote: "texts" to stand alone, "talk" to follow pictures."""
+    language model wrote: "texts" to stand alone, "talk" to follow pictures; nothing for `--middle`."""
     model, processor = build_model(options.base)
     model.to(device)
     if rank > 0:
         wait_for_others()
-    written = {"texts": texts(model, processor, options.base), "talk": talk(model, processor, options.base)}
+    written = {}
+    if not options.middle:  # a lesson of charts has no use for text, which takes minutes to write
+        written = {"texts": texts(model, processor, options.base), "talk": talk(model, processor, options.base)}
     if rank == 0:
         wait_for_others()
     if options.init:
@@ -330,7 +332,7 @@ def main() -> None:
     # Every stage goes on with pictures that no stage before it has drawn.
     data = Conversations(
         options.art, "train", options.seed + options.stage, (options.steps - run.step) * options.batch_size, encoder,
-        start=run.step * options.batch_size, **({"mix": {"chart": 1.0}} if options.middle else written),
+        start=run.step * options.batch_size, mix={"chart": 1.0} if options.middle else MIX, **written,
     )  # fmt: skip
     data = Subset(data, range(rank, len(data), world))
     pad = processor.tokenizer.pad_token_id
@@ -354,8 +356,8 @@ def main() -> None:
             losses = losses_of_middle(model, place_head, batch)
         else:
             losses = losses_of(model, place_head, cell_heads, batch)
-        if options.stage > 1 and options.experts > 1 and not options.middle:
-            losses["balance"] = model.base_model.router_aux_loss()
+            if options.stage > 1 and options.experts > 1:
+                losses["balance"] = model.base_model.router_aux_loss()
         sum(weights[name] * loss for name, loss in losses.items()).backward()
         masters.take_gradients()
         average_gradients([*copies, *beside])

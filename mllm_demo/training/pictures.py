@@ -15,6 +15,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib import pyplot
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
@@ -58,23 +59,29 @@ def read_curve(file: Path) -> list[dict]:
     return [row for row in rows if "step" in row and "samples/s" in row]
 
 
+def panels(count: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """`count` panels of so many inches, row by row, and room for a legend below them."""
+    rows = math.ceil(count / columns)
+    size = (width * columns, height * rows + 0.7)
+    figure, grid = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    axes = list(grid.flatten())
+    for unused in axes[count:]:
+        unused.remove()
+    return figure, axes[:count]
+
+
 def curves(folder: Path) -> Figure:
     """One panel per quantity; stages follow each other by their steps, the single LoRA beside the experts."""
     runs = {name: read_curve(folder / name / "log.jsonl") for name in TITLES if (folder / name / "log.jsonl").exists()}
     shown = [name for name in LABELS if any(name in row for rows in runs.values() for row in rows)]
-    rows, columns = math.ceil(len(shown) / PANELS), min(len(shown), PANELS)
-    size = (4.2 * columns, 3.2 * rows + 0.7)
-    figure, grid = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    axes = grid.flatten()
-    for unused in axes[len(shown) :]:
-        unused.remove()
+    figure, axes = panels(len(shown), min(len(shown), PANELS), 4.2, 3.2)
     starts, ends = {}, {"4": 0, "1": 0}
     for name, logged in runs.items():
         tracks = ends if name == "stage1" else [name.rpartition("-")[2]]
         starts[name] = max(ends[track] for track in tracks)
         for track in tracks:
             ends[track] = starts[name] + logged[-1]["step"]
-    for axis, quantity in zip(axes, shown, strict=False):
+    for axis, quantity in zip(axes, shown, strict=True):
         for index, (name, logged) in enumerate(runs.items()):
             points = [(starts[name] + row["step"], row[quantity]) for row in logged if quantity in row]
             if points:
@@ -90,7 +97,7 @@ def curves(folder: Path) -> Figure:
             ticks(lambda value, position: f"{value:.3g}")
         axis.tick_params(axis="y", which="both", labelsize="x-small")
         axis.grid(alpha=0.3)
-    lines = {line.get_label(): line for axis in axes[: len(shown)] for line in axis.lines}  # no panel has every run
+    lines = {line.get_label(): line for axis in axes for line in axis.lines}  # no panel has every run
     lines = [lines[TITLES[name]] for name in runs if TITLES[name] in lines]
     figure.legend(handles=lines, loc="outside lower center", ncols=4, frameon=False, fontsize="small")
     return figure
@@ -101,12 +108,8 @@ def versions(report: dict) -> Figure:
     names, items, goals = [row["version"] for row in report["versions"]], report["items"], report["goals"]
     right = {task: np.array([row["right"][task] for row in report["versions"]]) for task in goals}
     shown = sorted(goals, key=lambda task: right[task][-1] - goals[task])
-    columns = math.ceil(len(shown) / 2)
-    figure, grid = pyplot.subplots(2, columns, figsize=(2.7 * columns, 5), squeeze=False, layout="constrained")
-    axes = grid.flatten()
-    for unused in axes[len(shown) :]:
-        unused.remove()
-    for axis, task in zip(axes, shown, strict=False):
+    figure, axes = panels(len(shown), math.ceil(len(shown) / 2), 2.7, 2.15)
+    for axis, task in zip(axes, shown, strict=True):
         low, high = np.array([interval(round(share * items), items) for share in right[task]]).T
         axis.fill_between(names, low, high, alpha=0.2, linewidth=0, label="95 % interval")
         axis.plot(names, right[task], "o-", markersize=3, label=f"right, of {items}")
