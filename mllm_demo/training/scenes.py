@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 from mllm_demo.training.art import HELD_OUT_STYLE, OBJECT_NAMES, TEST_FONTS, TEST_STYLES, TRAIN_FONTS, TRAIN_STYLES, Art
 from mllm_demo.training.canvas import background, damage, ink_on, plain
 from mllm_demo.training.charts import draw_chart
-from mllm_demo.training.lettering import HEIGHTS, write
+from mllm_demo.training.lettering import HEIGHTS, draw_line, font_of, write
 from mllm_demo.training.restyle import restyled
 from mllm_demo.training.things import COLOURS, MAX_COUNT, SHAPES, Scene, Split, Thing
 from mllm_demo.training.words import TEST_WORDS, TRAIN_WORDS, invented
@@ -19,6 +19,9 @@ RESTYLED = 0.4  # of the drawings to learn from
 SMALL, SMALL_HEIGHTS = 0.4, (0.045, 0.1)  # of the texts to learn from: letters too small to have a token each
 # How often each kind of picture is drawn.
 KINDS = {"single": 0.08, "same": 0.08, "objects": 0.14, "shapes": 0.06, "mixed": 0.04, "text": 0.36, "chart": 0.24}
+PAGE = "page"  # a kind that is drawn only where it is asked for: nothing but words as small as a chart's labels
+PAGE_HEIGHTS = (0.045, 0.085)
+STYLES = (str.upper, str.lower, str.capitalize)
 
 TRAIN = Split("train", TRAIN_STYLES, TRAIN_FONTS, TRAIN_WORDS, False)
 # Held out: drawings, fonts and words never trained on, backgrounds drawn from another random stream.
@@ -106,7 +109,7 @@ class _Picture:
 
     def __init__(self, rng: np.random.Generator, art: Art, split: Split, size: int, kind: str):
         self.rng, self.art, self.split, self.size, self.kind = rng, art, split, size, kind
-        sheet = kind == "chart" or (kind == "text" and rng.random() < 0.4)
+        sheet = kind == "chart" or (kind in ("text", PAGE) and rng.random() < 0.4)
         self.canvas = plain(rng, size) if sheet else background(rng, size)
         self.ground = np.asarray(self.canvas).reshape(-1, 3).mean(0)
         self.things: list[Thing] = []
@@ -172,13 +175,28 @@ class _Picture:
             lines = [self._word()]
         else:
             lines = [" ".join(self._word() for _ in range(rng.integers(1, 3))) for _ in range(rng.integers(1, 4))]
-        style = rng.integers(3)
-        shown = [(str.upper, str.lower, str.capitalize)[style](line) for line in lines]
+        style = STYLES[rng.integers(3)]
+        shown = [style(line) for line in lines]
         font = self.art.fonts[str(rng.choice(self.split.fonts))]
         ink = ink_on(rng, self.ground)
         written, letters = write(rng, self.canvas, shown, font, band, ink, SMALL_HEIGHTS if small else HEIGHTS)
         self.things += letters
         self.lines = [line.text for line in written]
+
+    def page(self) -> None:
+        """Small words over the whole picture: some 80 cells of letters, where a chart has a dozen."""
+        rng, size = self.rng, self.size
+        ink, baseline = ink_on(rng, self.ground), 0.0
+        while True:
+            font = font_of(self.art.fonts[str(rng.choice(self.split.fonts))], round(size * rng.uniform(*PAGE_HEIGHTS)))
+            baseline += font.size * rng.uniform(1.1, 1.7)
+            if baseline > 0.98 * size:
+                return
+            left = rng.uniform(0, 0.1 * size)
+            while left + font.getlength(word := STYLES[rng.integers(3)](self._word())) < size:
+                line, letters = draw_line(self.canvas, word, font, left, baseline, ink)
+                self.things += letters
+                left = line.box[2] + font.size * rng.uniform(0.3, 1.2)
 
     def _word(self) -> str:
         """A word of the split; in training, often one that nobody uses, so letters are read and not just guessed."""
@@ -201,7 +219,7 @@ class _Picture:
 def render(
     art: Art, split: Split, seed: int, index: int, size: int = SIZE, kind: str | None = None, chart: str | None = None
 ) -> Scene:
-    """Picture number `index` of a split; `kind` forces one of `KINDS`, `chart` the kind of chart."""
+    """Picture number `index` of a split; `kind` forces one of `KINDS` or `PAGE`, `chart` the kind of chart."""
     rng = np.random.default_rng((seed, sum(split.name.encode()), index))
     kind = kind or str(rng.choice(list(KINDS), p=list(KINDS.values())))
     picture = _Picture(rng, art, split, size, kind)
@@ -218,6 +236,8 @@ def render(
         picture.mixed()
     elif kind == "text":
         picture.text()
+    elif kind == PAGE:
+        picture.page()
     else:
         picture.draw_chart(chart)
     return picture.finish()

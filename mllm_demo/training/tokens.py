@@ -6,11 +6,9 @@
 
 Stage 0 has cells of one letter look, to the language model, like that letter, and leaves those of several letters to
 be worked out, which the language model never did: with two letters in any cell, 1 of 50 held-out words was read, else
-96 of 150. Here such a cell is to look like the sum of its letters, each counting `FAINTER` times the one before it.
-The same with what questions pick out of a chart by: asked for the largest part or the red one, the language model named
-any, though linear heads told ranks from the parts' tokens. So a cell of a chart's label is to look like its part's
-colour, too, and like what tells " largest" from " smallest" where it is one of them. In all directions but those of
-letters and these words such a token is to stay what it was, and every other token near it.
+96 of 150. Here a cell is to look like the sum of its letters, each counting `FAINTER` times the one before it.
+In all directions but those of letters such a token is to stay what it was, and every other token near it. Most pictures
+are of small text: pages of it, since a chart's labels fill a dozen cells and were told wrong most often.
 Stage 0's dense heads are taken up again beside that, so that letters, counts, values, ranks and colours can be read off
 every token, and its choice among names.
 Only the tower's transformer layers, the connector and those heads learn; the language model takes no part. It knows
@@ -31,71 +29,50 @@ from mllm_demo.models.bundled.weights import ADAPTER, ASSETS, VISION_FILE
 from mllm_demo.training import art
 from mllm_demo.training.base import build_model, read_heads, save_heads
 from mllm_demo.training.chat import reader_of
-from mllm_demo.training.concepts import LETTER_SLOTS, CellTargets, word_embeddings
+from mllm_demo.training.concepts import LETTER_SLOTS, CellTargets
 from mllm_demo.training.lettering import CHARACTERS
 from mllm_demo.training.runs import Run, add_flags, begin, leave_processes, teach
-from mllm_demo.training.things import COLOURS
+from mllm_demo.training.scenes import PAGE
 from mllm_demo.training.tower import DENSE, Cells, dense_accuracy, dense_heads
 
 FAINTER = 0.8
-# What cells of labels are to look like beside their letters, and how much of a word's embedding they hold.
-EXTREMES = ((" largest", " highest", " greatest"), (" smallest", " lowest", " least"))
-SHARE = 0.7
-MIX = {"text": 0.28, "chart": 0.28, "same": 0.18, "single": 0.08, "shapes": 0.1, "objects": 0.08}
+ALONE = 1.9  # how much a cell's only letter counts: what the stages before and after make of it
+MIX = {PAGE: 0.2, "text": 0.2, "chart": 0.28, "same": 0.12, "single": 0.08, "shapes": 0.06, "objects": 0.06}
 SHARPNESS = 20.0  # of the choice among letters by cosine
 # Letters twice what they weigh beside the language model: they are what this is for.
 WEIGHTS = {"kept": 0.5, "shown": 1.0, "told": 0.2} | DENSE | {"letters": 0.5}
 
 
-def telling_words(embeddings: torch.Tensor, tokenizer) -> torch.Tensor:
-    """`embeddings [vocab, width]` → of `COLOURS` and of the two `EXTREMES`, `[words, width]`.
-
-    The extremes' own embeddings are alike (cosine 0.78), so theirs are what sets them apart, made as long as they are.
-    """
-    extremes = torch.stack([word_embeddings(embeddings, tokenizer, group).mean(0) for group in EXTREMES])
-    apart = functional.normalize(extremes - extremes.mean(0), dim=-1) * extremes.norm(dim=-1, keepdim=True)
-    return torch.cat((word_embeddings(embeddings, tokenizer, (f" {colour}" for colour in COLOURS)), apart))
-
-
 class Letters:
-    """What tokens should be. `table` [letters, width], `words` [words, width]: the language model's embeddings of
-    `CHARACTERS`, and what `telling_words` says."""
+    """What tokens should be. `table` [letters, width]: the language model's embeddings of `CHARACTERS`."""
 
-    def __init__(self, table: torch.Tensor, words: torch.Tensor):
-        self.told = torch.cat((table, words))
-        # One extreme is the other turned round, so both have one direction.
-        self.directions = torch.linalg.qr(self.told[:-1].T).Q  # [width, letters + words - 1]
+    def __init__(self, table: torch.Tensor):
+        self.table = table
+        self.directions = torch.linalg.qr(table.T).Q  # [width, letters]
         self.unit = functional.normalize(table, dim=-1)
         self.weights = FAINTER ** torch.arange(LETTER_SLOTS, device=table.device, dtype=table.dtype)
 
     def shares(self, letters: torch.Tensor) -> torch.Tensor:
         """int64 `[cells, LETTER_SLOTS]` → how much each letter counts, `[cells, letters]`."""
-        slots = functional.one_hot(letters, 1 + len(CHARACTERS))[..., 1:].to(self.told)
-        return (self.weights[:, None] * slots).sum(1)
-
-    def words(self, target: CellTargets) -> torch.Tensor:
-        """`target` of cells `[cells, ...]` → how much of each word they are to hold, `[cells, words]`."""
-        colours = functional.one_hot(target.colours.clamp(min=-1) + 1, 1 + len(COLOURS))[:, 1:]
-        return SHARE * torch.cat((colours, target.ranks == 0), -1).to(self.told) * target.labelled[:, None]
+        slots = functional.one_hot(letters, 1 + len(CHARACTERS))[..., 1:].to(self.table)
+        alone = 1 + (ALONE - 1) * ((letters > 0).sum(-1, keepdim=True) == 1)
+        return (self.weights[:, None] * slots).sum(1) * alone
 
     def wanted(self, former: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
-        """`former` tokens `[cells, width]` with nothing but `shares` `[cells, letters + words]` in the directions of
-        letters and words."""
-        return former - former @ self.directions @ self.directions.T + shares @ self.told
+        """`former` tokens `[cells, width]`, in the directions of letters nothing but `shares` `[cells, letters]`."""
+        return former - former @ self.directions @ self.directions.T + shares @ self.table
 
-    def losses(self, tokens: torch.Tensor, former: torch.Tensor, target: CellTargets) -> dict[str, torch.Tensor]:
-        """`tokens`, `former` `[cells, width]`: mean squared errors, in units of the embeddings' variance, of tokens to
-        be kept and of those that show several letters or hold a word, and how far the former are from telling which."""
-        letters, words = self.shares(target.letters), self.words(target)
-        several = (target.letters > 0).sum(-1) > 1
-        changed = several | (words > 0).any(-1)
-        shares = torch.cat((letters, words), -1)[changed]
-        off = (tokens[changed] - self.wanted(former[changed], shares)).square().sum()
-        choice = functional.log_softmax(SHARPNESS * functional.normalize(tokens[several], dim=-1) @ self.unit.T, -1)
-        size = self.told.var() * tokens.shape[-1] * changed.sum().clamp(min=1)
-        shares = letters[several] / letters[several].sum(-1, keepdim=True)
-        told = -(choice * shares).sum() / several.sum().clamp(min=1)
-        kept = (tokens[~changed] - former[~changed]).square().mean() / self.told.var()
+    def losses(self, tokens: torch.Tensor, former: torch.Tensor, letters: torch.Tensor) -> dict[str, torch.Tensor]:
+        """`tokens`, `former` `[cells, width]`, `letters` `[cells, LETTER_SLOTS]`: mean squared errors, in units of the
+        embeddings' variance, of tokens to be kept and of those that show letters, and how far the former are from
+        telling which."""
+        lettered = (letters > 0).any(-1)
+        shares = self.shares(letters[lettered])
+        off = (tokens[lettered] - self.wanted(former[lettered], shares)).square().sum()
+        choice = functional.log_softmax(SHARPNESS * functional.normalize(tokens[lettered], dim=-1) @ self.unit.T, -1)
+        size = self.table.var() * tokens.shape[-1] * lettered.sum().clamp(min=1)
+        told = -(choice * shares / shares.sum(-1, keepdim=True)).sum() / lettered.sum().clamp(min=1)
+        kept = (tokens[~lettered] - former[~lettered]).square().mean() / self.table.var()
         return {"kept": kept, "shown": off / size, "told": told}
 
     def read(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -136,8 +113,7 @@ def main() -> None:
     load_vision(model, options.init / VISION_FILE.name)
     of_init = read_heads(options.init)
     heads = dense_heads(model, processor, device, of_init["dense"])
-    words = telling_words(model.get_input_embeddings().weight.detach(), processor.tokenizer)
-    letters = Letters(heads.table[-len(CHARACTERS) :], words.to(device))
+    letters = Letters(heads.table[-len(CHARACTERS) :])
     model.requires_grad_(False)
     tower = model.model.vision_tower.to(device, memory_format=torch.channels_last)
     reader = reader_of(model).to(device)
@@ -180,8 +156,7 @@ def main() -> None:
     def losses_of(pixels: torch.Tensor, target: CellTargets) -> dict[str, torch.Tensor]:
         target = target.map(lambda array: array.to(device))
         tokens, as_were = see(pixels)
-        cells = target.map(lambda array: array.flatten(0, 1))
-        losses = letters.losses(tokens.flatten(0, 1), as_were.flatten(0, 1), cells)
+        losses = letters.losses(*(cells.flatten(0, 1) for cells in (tokens, as_were, target.letters)))
         dense = heads(tokens, target)
         return losses | {name: dense[name] for name in DENSE}
 

@@ -82,6 +82,15 @@ def test_only_texts_to_learn_from_are_written_small(art, monkeypatch):
     assert tallest(scenes.TRAIN) <= scenes.SMALL_HEIGHTS[1] < tallest(scenes.HELD_OUT)
 
 
+def test_a_page_is_small_words_all_over_and_no_kind_that_is_drawn_unasked(art):
+    assert scenes.PAGE not in scenes.KINDS
+    for index in range(4):
+        letters = scenes.render(art, scenes.TRAIN, 4, index, kind=scenes.PAGE).of_kind("letter")
+        heights, rows = zip(*((thing.box[3] - thing.box[1], thing.centre[1] / SIZE) for thing in letters), strict=True)
+        assert len(letters) > 100 and max(heights) / SIZE <= scenes.PAGE_HEIGHTS[1]
+        assert np.histogram(rows, 5, (0, 1))[0].min() > 5
+
+
 def test_invented_words_are_never_words_of_the_evaluation():
     rng = np.random.default_rng(0)
     made = {invented(rng) for _ in range(2000)}
@@ -89,7 +98,7 @@ def test_invented_words_are_never_words_of_the_evaluation():
     assert all(3 <= len(word) <= 8 for word in made)
 
 
-@pytest.mark.parametrize("kind", scenes.KINDS)
+@pytest.mark.parametrize("kind", (*scenes.KINDS, scenes.PAGE))
 def test_every_thing_lies_in_the_picture_and_is_really_drawn_there(art, kind):
     for index in range(6):
         scene = scenes.render(art, scenes.TRAIN, 1, index, kind=kind)
