@@ -150,7 +150,7 @@ def main() -> None:
     def measured() -> dict[str, float]:
         seen = [(see(pixels)[0], target) for pixels, target in held_out]
         told = dense_accuracy(lambda tokens: tokens, heads, seen, device)
-        shown = ("things", "several", "labels", *DENSE)
+        shown = ("things", "several", "labels", "pairs", *DENSE)
         return accuracy(letters, seen) | {name: told[name] for name in shown if name in told}
 
     def losses_of(pixels: torch.Tensor, target: CellTargets) -> dict[str, torch.Tensor]:

@@ -6,9 +6,10 @@ import torch
 from torch.nn import functional
 
 from mllm_demo.training.concepts import CONCEPTS, DIGITS, UNKNOWN, VALUE_BINS, CellTargets, box_digits, cell_targets
+from mllm_demo.training.lettering import CHARACTERS
 from mllm_demo.training.questions import ask
 from mllm_demo.training.scenes import HELD_OUT, render
-from mllm_demo.training.tower import DENSE, LABELLED, DenseHeads, overlap
+from mllm_demo.training.tower import DENSE, LABELLED, DenseHeads, dense_accuracy, overlap
 
 WIDTH, SIDE = 32, 12
 
@@ -70,6 +71,25 @@ def test_the_cells_of_a_label_and_of_its_part_tell_the_rank_of_its_value(art, ki
         for part, value in zip(scene.of_kind("part"), values, strict=kind != "table"):
             x, y = (int(v * SIDE / scene.image.shape[0]) for v in part.centre)
             assert ranks[y, x, 0] == sum(other > value for other in values)
+
+
+def test_a_cell_of_two_letters_is_read_where_both_are(art, monkeypatch):
+    target = target_of(art, "chart")
+    heads = DenseHeads(WIDTH, torch.randn(len(CONCEPTS), WIDTH))
+    first, *others = heads.predictions(torch.randn(1, SIDE**2, WIDTH))
+    assert ((target.letters > 0).sum(-1) == 2).sum() > 3
+
+    def found(letters: torch.Tensor) -> tuple[float, float]:
+        said = functional.one_hot(letters, len(CHARACTERS) + 1).float().flatten(-2)
+        monkeypatch.setattr(heads, "predictions", lambda tokens: (first, said, *others[1:]))
+        told = dense_accuracy(lambda pixels: pixels, heads, [(torch.randn(1, SIDE**2, WIDTH), target)], "cpu")
+        return told["letters"], told["pairs"]
+
+    assert found(target.letters) == (1, 1)
+    second_wrong = target.letters.clone()
+    second_wrong[..., 1] = 0
+    letters, pairs = found(second_wrong)
+    assert pairs == 0 and 0.5 < letters < 1
 
 
 @pytest.mark.parametrize("kind", ["text", "chart", "shapes"])
