@@ -42,6 +42,7 @@ TITLES = {
     "middle-4": "lesson of extremes, from 0.11",
     "picked-4": "III, on from that lesson",
     "firsts-4": "lesson again, labels' first letters",
+    "pages-4": "III, on from that and pages",
     "stage2-1": "II, single LoRA",
     "stage3-1": "III, single LoRA",
 }
