@@ -43,6 +43,7 @@ TITLES = {
     "picked-4": "III, on from that lesson",
     "firsts-4": "lesson again, labels' first letters",
     "pages-4": "III, on from that and pages",
+    "mended-4": "III, on from there to 0.12",
     "stage2-1": "II, single LoRA",
     "stage3-1": "III, single LoRA",
 }
