@@ -11,12 +11,15 @@ NAMES = {"bar": "a bar chart", "line": "a line chart", "pie": "a pie chart", "ta
 VALUE_SLACK = 0.05  # of the range of values
 
 
-def ask(rng: np.random.Generator, scene: Scene, task: str) -> tuple[str, dict[str, str], str, str, float] | None:
-    """(phrasing, fills, answer, key, slack) about the chart ("chart") or table ("table") of the scene, or None."""
+def ask(
+    rng: np.random.Generator, scene: Scene, task: str, kind: str | None = None
+) -> tuple[str, dict[str, str], str, str, float] | None:
+    """(phrasing, fills, answer, key, slack) about the chart ("chart") or table ("table") of the scene, or None; `kind`:
+    one of `KINDS`, else as chance will have it."""
     chart = scene.chart
     if chart is None or (chart.kind == "table") != (task == "table"):
         return None
-    kind = str(rng.choice(KINDS, p=WEIGHTS))
+    kind = kind or str(rng.choice(KINDS, p=WEIGHTS))
     made = _make(rng, chart, kind)
     return None if made is None else (kind, *made)
 

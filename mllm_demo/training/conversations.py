@@ -31,6 +31,7 @@ QUOTE = '"'
 BOX = "["  # where a box begins
 TENS_WEIGHT, UNITS_WEIGHT = 4.0, 0.25
 FIRST_WEIGHT = 3.0  # of the first character that is spelled: it tells which text is meant, and the others follow
+VERDICT, VERDICT_WEIGHT = ", so", 4.0  # what an answer concludes after this is one token, and all that was asked
 # How often each kind of picture is talked about.
 MIX = {"single": 0.06, "same": 0.16, "objects": 0.10, "shapes": 0.12, "mixed": 0.03, "text": 0.26, "chart": 0.27}
 # Answers of which one token tells everything weigh more: elsewhere it is outnumbered.
@@ -125,6 +126,10 @@ class Encoder:
         weights = [len(reply) ** -0.5] * len(reply)
         if answer.count(QUOTE) > 1:
             weights[len(self._ids(answer[: answer.index(QUOTE) + 1]))] *= FIRST_WEIGHT
+        if VERDICT in answer:
+            first = len(self._ids(answer[: answer.index(VERDICT) + len(VERDICT)]))
+            for index in range(first, len(self._ids(answer.removesuffix(".")))):
+                weights[index] *= VERDICT_WEIGHT
         if BOX in answer:
             for index, (before, token) in enumerate(pairwise(reply), start=1):
                 if token in self._digits:

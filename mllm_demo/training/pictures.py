@@ -44,6 +44,7 @@ TITLES = {
     "firsts-4": "lesson again, labels' first letters",
     "pages-4": "III, on from that and pages",
     "mended-4": "III, on from there to 0.12",
+    "print-4": "III, from letters alone, to 0.13",
     "stage2-1": "II, single LoRA",
     "stage3-1": "III, single LoRA",
 }
@@ -88,9 +89,9 @@ def curves(folder: Path) -> Figure:
             points = [(starts[name] + row["step"], row[quantity]) for row in logged if quantity in row]
             if points:
                 single = name.endswith("-1")
-                again, hue = divmod(index, 10)  # ten hues, and then each once more, pale
-                colour = "black" if single else pyplot.get_cmap("tab20")(2 * hue + again)
-                style = ":" if single else "-"
+                again, hue = divmod(index, 10)  # ten hues, then each once more, pale, and then dashed
+                colour = "black" if single else pyplot.get_cmap("tab20")(2 * hue + again % 2)
+                style = ":" if single else ("-", "-", "--")[again]
                 axis.plot(*zip(*points, strict=True), style, color=colour, label=TITLES[name])
         axis.set(xlabel="step", title=LABELS[quantity], yscale="log" if quantity != "balance" else "linear")
         if quantity != "balance":

@@ -193,11 +193,13 @@ _MAKERS = {
 }  # fmt: skip
 
 
-def ask(rng: np.random.Generator, scene: Scene, task: str, held_out: bool = False) -> Question | None:
-    """One question of `task`, or None if this scene does not allow it."""
+def ask(
+    rng: np.random.Generator, scene: Scene, task: str, held_out: bool = False, kind: str | None = None
+) -> Question | None:
+    """One question of `task`, or None if this scene does not allow it; `kind` of question about a chart, if any."""
     slack = 0.0
     if task in ("chart", "table"):
-        asked = chart_questions.ask(rng, scene, task)
+        asked = chart_questions.ask(rng, scene, task, kind)
         if asked is None:
             return None
         made, slack = _Made(*asked[:4]), asked[4]
@@ -209,6 +211,8 @@ def ask(rng: np.random.Generator, scene: Scene, task: str, held_out: bool = Fals
     return Question(task, phrase.format(**made.fills), made.answer, made.key, slack)
 
 
+# Asked about every chart beside the rest: of answers that told both values right, a third concluded wrong.
+COMPARISONS = 2
 # How often each task is tried; those that fit few scenes or are slow to learn come first more often.
 _WEIGHTS = {
     "naming": 1, "presence": 2, "counting": 3, "colour": 1.5, "shape": 1.5, "relations": 5, "grounding": 5,
@@ -217,7 +221,8 @@ _WEIGHTS = {
 
 
 def ask_all(rng: np.random.Generator, scene: Scene, most: int) -> list[Question]:
-    """Up to `most` questions with different answers, as the turns of one conversation; some ask about "it"."""
+    """Up to `most` questions with different answers, as the turns of one conversation, and about a chart `COMPARISONS`
+    more; some ask about "it"."""
     names, weights = list(_WEIGHTS), np.array(list(_WEIGHTS.values()))
     questions: dict[tuple[str, str], Question] = {}
     for task in rng.choice(names, 6 * most, p=weights / weights.sum()):
@@ -229,7 +234,12 @@ def ask_all(rng: np.random.Generator, scene: Scene, most: int) -> list[Question]
                 questions.setdefault((made.task, made.answer), made)
         if len(questions) >= most:
             break
-    return list(questions.values())[:most]
+    asked = list(questions.values())[:most]
+    if scene.chart is not None:
+        task = "table" if scene.chart.kind == "table" else "chart"
+        more = (ask(rng, scene, task, kind="comparison") for _ in range(COMPARISONS))
+        asked += {q.answer: q for q in more if q.answer not in {one.answer for one in asked}}.values()
+    return asked
 
 
 def _follow_up(rng: np.random.Generator, scene: Scene, question: Question) -> Question | None:

@@ -19,8 +19,9 @@ RESTYLED = 0.4  # of the drawings to learn from
 SMALL, SMALL_HEIGHTS = 0.4, (0.045, 0.1)  # of the texts to learn from: letters too small to have a token each
 # How often each kind of picture is drawn.
 KINDS = {"single": 0.08, "same": 0.08, "objects": 0.14, "shapes": 0.06, "mixed": 0.04, "text": 0.36, "chart": 0.24}
-PAGE = "page"  # a kind that is drawn only where it is asked for: nothing but words as small as a chart's labels
-PAGE_HEIGHTS = (0.045, 0.085)
+PAGE = "page"  # a kind that is drawn only where it is asked for: nothing but words and numbers as small as a chart's
+PAGE_HEIGHTS = (0.045, 0.1)
+NUMBERS = 0.15  # of a page's words
 STYLES = (str.upper, str.lower, str.capitalize)
 
 TRAIN = Split("train", TRAIN_STYLES, TRAIN_FONTS, TRAIN_WORDS, False)
@@ -184,7 +185,7 @@ class _Picture:
         self.lines = [line.text for line in written]
 
     def page(self) -> None:
-        """Small words over the whole picture: some 80 cells of letters, where a chart has a dozen."""
+        """Small words and numbers over the whole picture: some 80 cells of letters, where a chart has a dozen."""
         rng, size = self.rng, self.size
         ink, baseline = ink_on(rng, self.ground), 0.0
         while True:
@@ -193,16 +194,21 @@ class _Picture:
             if baseline > 0.98 * size:
                 return
             left = rng.uniform(0, 0.1 * size)
-            while left + font.getlength(word := STYLES[rng.integers(3)](self._word())) < size:
+            while left + font.getlength(word := self._word_or_number()) < size:
                 line, letters = draw_line(self.canvas, word, font, left, baseline, ink)
                 self.things += letters
                 left = line.box[2] + font.size * rng.uniform(0.3, 1.2)
+
+    def _word_or_number(self) -> str:
+        if self.rng.random() < NUMBERS:
+            return str(self.rng.integers(0, 10 ** int(self.rng.integers(1, 4))))
+        return STYLES[self.rng.integers(3)](self._word())
 
     def _word(self) -> str:
         """A word of the split; in training, often one that nobody uses, so letters are read and not just guessed."""
         if self.split.withheld is False and self.rng.random() < 0.35:
             return invented(self.rng)
-        return str(self.rng.choice(self.split.words))
+        return self.split.words[self.rng.integers(len(self.split.words))]
 
     def draw_chart(self, kind: str | None) -> None:
         font = self.art.fonts[str(self.rng.choice(self.split.fonts))]

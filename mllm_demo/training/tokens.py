@@ -1,6 +1,7 @@
 """Between the stages: teaches tokens what the stages with the language model let fade: small text, counts, values.
 
     python -m mllm_demo.training.tokens --init assets/bundled --steps 600
+    python -m mllm_demo.training.tokens --init runs/small-print --like assets/bundled       # after `small_print`
     python -m mllm_demo.training.tokens --init assets/bundled --export --to runs/tokens
     python -m mllm_demo.training.chat --stage 3 --init runs/tokens                  # goes on
 
@@ -101,6 +102,7 @@ def accuracy(letters: Letters, batches: list[tuple[torch.Tensor, CellTargets]]) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--init", type=Path, default=ASSETS, help="the model to go on with, as assets/bundled is")
+    parser.add_argument("--like", type=Path, help="the model whose tokens others than letters stay like; else --init")
     add_flags(parser, steps=600, batch_size=24, lr=6e-4, out=Path("runs/tokens-run"))
     parser.add_argument("--compile", action="store_true", help="faster on a CPU with a C++ compiler")
     parser.add_argument("--export", action="store_true", help="only write a model from the last checkpoint")
@@ -110,14 +112,15 @@ def main() -> None:
     art.prepare(options.art)
 
     model, processor = build_model(options.base)
-    load_vision(model, options.init / VISION_FILE.name)
     of_init = read_heads(options.init)
     heads = dense_heads(model, processor, device, of_init["dense"])
     letters = Letters(heads.table[-len(CHARACTERS) :])
     model.requires_grad_(False)
     tower = model.model.vision_tower.to(device, memory_format=torch.channels_last)
     reader = reader_of(model).to(device)
+    load_vision(model, (options.like or options.init) / VISION_FILE.name)
     former = {name: value.clone() for name, value in reader.state_dict().items()}
+    load_vision(model, options.init / VISION_FILE.name)
     reader.requires_grad_(True)
     if options.compile:
         reader.compile()

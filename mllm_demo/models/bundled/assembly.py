@@ -25,8 +25,8 @@ from mllm_demo.models.bundled.tower import TesseraVisionConfig
 
 IMAGE_TOKEN = "<image>"
 VISION_CONFIG = "vision_config.json"
-# In names of what vision files did not hold before 0.10, and before 0.8.
-BRANCHES = (".context.detail.strokes.", ".context.detail.")
+# In names of what vision files did not hold before 0.13, before 0.10, and before 0.8.
+BRANCHES = (".context.detail.refine.", ".context.detail.strokes.", ".context.detail.")
 VISION_PARTS = ("model.vision_tower.", "model.multi_modal_projector.")
 # ImageNet statistics, which the tower's published weights expect.
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -121,7 +121,7 @@ def save_vision(model, path: Path) -> None:
 
 def put_vision(model, state: Mapping[str, torch.Tensor]) -> None:
     """Gives `model` a tower and connector named as `vision_state` does, also those from before the tower's branch for
-    detail, or from before its finer part, which then tells nothing; raises `CheckpointError` if others are missing or
+    detail, or from before a part of it, which then tells nothing; raises `CheckpointError` if others are missing or
     unexpected."""
     needed = vision_state(model).keys()
     for branch in BRANCHES:

@@ -125,12 +125,28 @@ class MBConv(nn.Module):
         return x + y if self.residual else y
 
 
+class Residual(nn.Module):
+    """Two convolutions added to what comes in, `[B, width, height, width]`; untrained they add nothing."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.GroupNorm(1, width),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(width, width, 3, padding=1),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.net(x)
+
+
 class Detail(nn.Module):
     """`[B, side * side, DETAIL_SIZE]` → `[B, side * side, hidden_size]`: what the stride-8 map and, finer, the stride-2
     map tell of every token.
 
-    Untrained it tells nothing, and trained before it knew the finer map it tells what it told (the last layer of each
-    is zero), so a tower from before it, or from before `strokes`, is the same with it.
+    Untrained it tells nothing, and trained before it knew the finer map or had `refine` it tells what it told (the last
+    layer of each is zero), so a tower from before any of them is the same with it.
     """
 
     def __init__(self, config: TesseraVisionConfig, width: int = 128, strokes: int = 48):
@@ -146,6 +162,7 @@ class Detail(nn.Module):
         self.norm = nn.GroupNorm(1, channels)
         self.conv = nn.Conv2d(channels, width, 3, padding=1)
         self.down = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
+        self.refine = nn.ModuleList((Residual(width), Residual(2 * width)))
         self.proj = nn.Linear(2 * width * FINE_FOLD**2, config.hidden_size)
 
     def _map(self, tokens: torch.Tensor, fold: int) -> torch.Tensor:
@@ -155,7 +172,8 @@ class Detail(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         eighth, half = x.split((DETAIL_SIZE - STROKES_SIZE, STROKES_SIZE), dim=-1)
         x = self.conv(self.norm(self._map(eighth, DETAIL_FOLD))) + self.strokes(self._map(half, STROKES_FOLD))
-        x = functional.gelu(self.down(functional.gelu(x)))
+        x = self.refine[0](functional.gelu(x))
+        x = self.refine[1](functional.gelu(self.down(x)))
         return self.proj(functional.pixel_unshuffle(x, FINE_FOLD).flatten(2).transpose(1, 2))
 
 
@@ -212,22 +230,32 @@ class TesseraVisionModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, Context):  # asked here because modules without weights of their own are passed over
-            for last in (module.detail.proj, module.detail.strokes[-1]):
+            detail = module.detail
+            for last in (detail.proj, detail.strokes[-1], *(residual.net[-1] for residual in detail.refine)):
                 init.zeros_(last.weight)
                 init.zeros_(last.bias)
 
     def joined(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """`[B, 3, image_size, image_size]` → the four maps together, without context, `[B, tokens, JOINED_SIZE]`."""
+        x, *detail = self._finest(pixel_values)
+        for index in range(DETAIL_STAGE + 1, len(self.stages)):
+            x = self.stages[index](x)
+            if index == FINE_STAGE:
+                fine = functional.pixel_unshuffle(x, FINE_FOLD)  # (B, 4 * 112, H/32, W/32)
+        return torch.cat((fine, x, *detail), dim=1).flatten(2).transpose(1, 2)
+
+    def finest(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """`[B, 3, image_size, image_size]` → what `Detail` reads, the end of `joined`, `[B, tokens, DETAIL_SIZE]`."""
+        return torch.cat(self._finest(pixel_values)[1:], dim=1).flatten(2).transpose(1, 2)
+
+    def _finest(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The map after `DETAIL_STAGE`, that map folded and that after `STROKES_STAGE` folded."""
         x = self.stem(pixel_values.to(self.stem.conv.weight.dtype))
-        for index, stage in enumerate(self.stages):
+        for index, stage in enumerate(self.stages[: DETAIL_STAGE + 1]):
             x = stage(x)
             if index == STROKES_STAGE:
                 strokes = functional.pixel_unshuffle(x, STROKES_FOLD)  # (B, 256 * 16, H/32, W/32)
-            elif index == DETAIL_STAGE:
-                detail = functional.pixel_unshuffle(x, DETAIL_FOLD)  # (B, 16 * 40, H/32, W/32)
-            elif index == FINE_STAGE:
-                fine = functional.pixel_unshuffle(x, FINE_FOLD)  # (B, 4 * 112, H/32, W/32)
-        return torch.cat((fine, x, detail, strokes), dim=1).flatten(2).transpose(1, 2)
+        return x, functional.pixel_unshuffle(x, DETAIL_FOLD), strokes  # the second (B, 16 * 40, H/32, W/32)
 
     def forward(self, pixel_values: torch.Tensor, return_dict: bool = True, **kwargs) -> BaseModelOutput:
         x = self.norm(self.context(self.joined(pixel_values)))

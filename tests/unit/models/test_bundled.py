@@ -123,7 +123,14 @@ def test_a_foreign_vision_file_is_refused_by_the_first_odd_key(tower, tmp_path):
         load_vision(Holder(tower), tmp_path / "vision.safetensors")
 
 
-@pytest.mark.parametrize("branch, last", [(".detail.", "detail.proj.bias"), (".strokes.", "detail.strokes.3.bias")])
+@pytest.mark.parametrize(
+    "branch, last",
+    [
+        (".detail.", "detail.proj.bias"),
+        (".strokes.", "detail.strokes.3.bias"),
+        (".refine.", "detail.refine.1.net.3.bias"),
+    ],
+)
 def test_a_vision_file_from_before_a_branch_reads_pictures_as_it_did(tower, tmp_path, branch, last):
     file = tmp_path / "vision.safetensors"
     save_vision(Holder(tower), file)

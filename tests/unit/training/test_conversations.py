@@ -18,6 +18,7 @@ from mllm_demo.training.conversations import (
     IGNORED,
     TENS_WEIGHT,
     UNITS_WEIGHT,
+    VERDICT_WEIGHT,
     Conversations,
     Encoder,
     collate,
@@ -92,6 +93,15 @@ def test_the_first_character_that_is_spelled_weighs_most_because_it_tells_which_
     answer = tokens.index("<|im_end|>")
     assert [tokens[i] for i in range(answer) if weights[i] > 1] == ["o"]
     assert weights[tokens.index("o")] == pytest.approx(FIRST_WEIGHT)
+
+
+def test_what_a_comparison_concludes_weighs_most(encoder):
+    sample = encoder.encode([("Is oak larger?", "Here oak is 12 and elm is 7, so yes.")], None)
+    kept = sample.labels != IGNORED
+    tokens = [encoder.tokenizer.decode([one]).strip() for one in sample.labels[kept].tolist()]
+    weights = sample.weights[kept] / sample.weights[kept][0]
+    heavy = [token for token, weight in zip(tokens, weights.tolist(), strict=True) if weight > 1]
+    assert "".join(heavy) == "yes" and weights.max() == pytest.approx(VERDICT_WEIGHT)
 
 
 def test_first_digits_of_a_box_weigh_most_and_its_units_least_but_not_those_of_a_value(encoder):

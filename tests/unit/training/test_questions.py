@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mllm_demo.training.phrasings import HELD_OUT_PHRASINGS, PHRASINGS, phrasings
-from mllm_demo.training.questions import TASKS, Question, ask, ask_all
+from mllm_demo.training.questions import COMPARISONS, TASKS, Question, ask, ask_all
 from mllm_demo.training.scoring import is_right, overlap
 from mllm_demo.training.things import Chart, Scene, Thing
 from mllm_demo.training.wording import CANNOT_TELL
@@ -90,9 +90,16 @@ def test_held_out_phrasings_are_never_asked_in_training(task):
 def test_every_answer_scores_as_right_and_no_question_asks_for_the_same_answer_twice(shown):
     for seed in range(20):
         questions = ask_all(np.random.default_rng(seed), shown, 6)
-        assert questions and len({(q.task, q.answer) for q in questions}) == len(questions) <= 6
+        assert questions and len({(q.task, q.answer) for q in questions}) == len(questions)
+        assert len(questions) <= 6 + (COMPARISONS if shown.chart else 0)
         for question in questions:
             assert question.task == "caption" or is_right(question, question.answer), question
+
+
+@pytest.mark.parametrize("shown", [BARS, TABLE], ids=["chart", "table"])
+def test_every_conversation_about_a_chart_compares(shown):
+    for seed in range(20):
+        assert any(", so " in question.answer for question in ask_all(np.random.default_rng(seed), shown, 1))
 
 
 @pytest.mark.parametrize(
