@@ -1,4 +1,4 @@
-"""Between the stages: teaches the tower's branch for detail alone to read small letters, ten times as many a second.
+"""Between the stages: teaches the tower's branch for detail alone to read small letters, five times as many a second.
 
     python -m mllm_demo.training.small_print --init assets/bundled --steps 1200
     python -m mllm_demo.training.small_print --init assets/bundled --export --to runs/small-print
