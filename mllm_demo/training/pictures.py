@@ -44,7 +44,7 @@ TITLES = {
     "firsts-4": "lesson again, labels' first letters",
     "pages-4": "III, on from that and pages",
     "mended-4": "III, on from there to 0.12",
-    "print-4": "III, from letters alone, to 0.13",
+    "print-4": "III, on from 0.12 and letters alone",
     "stage2-1": "II, single LoRA",
     "stage3-1": "III, single LoRA",
 }

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mllm_demo.errors import CheckpointError
 from mllm_demo.models.bundled.assembly import load_vision, vision_config
+from mllm_demo.models.bundled.tower import TesseraVisionModel
 from mllm_demo.models.bundled.weights import ADAPTER, VISION_FILE
 from mllm_demo.models.loading import LoadedModel, load
 from mllm_demo.settings import ModelChoice
@@ -15,14 +16,18 @@ HELP = "folder of another model in the layout of assets/bundled, as `training.ch
 
 
 def load_trained(quantization: str, bundle: Path | None = None) -> LoadedModel:
-    """The model in `bundle`; its tower must have the shape of the shipped one, on whose language model it is put.
+    """The model in `bundle`, put on the shipped one's language model.
 
-    Raises `CheckpointError` when it has not.
+    Raises `CheckpointError` when it sees pictures of another size.
     """
     adapter = None if bundle is None else str(bundle / ADAPTER.name)
     loaded = load(ModelChoice(quantization=quantization, adapter=adapter), None, lambda step: None)
     if bundle is not None:
-        if vision_config(bundle / VISION_FILE.name).image_size != loaded.model.config.vision_config.image_size:
+        shape, base = vision_config(bundle / VISION_FILE.name), loaded.model.base_model.model
+        shipped = base.model.vision_tower
+        if shape.image_size != shipped.config.image_size:
             raise CheckpointError(f"{bundle} sees pictures of another size than the shipped model; put it there.")
-        load_vision(loaded.model.base_model.model, bundle / VISION_FILE.name)
+        if shape.detail_residuals != shipped.config.detail_residuals:
+            base.model.vision_tower = TesseraVisionModel(shape).to(shipped.device, shipped.dtype).eval()
+        load_vision(base, bundle / VISION_FILE.name)
     return loaded

@@ -25,7 +25,7 @@ from mllm_demo.models.bundled.tower import TesseraVisionConfig
 
 IMAGE_TOKEN = "<image>"
 VISION_CONFIG = "vision_config.json"
-# In names of what vision files did not hold before 0.13, before 0.10, and before 0.8.
+# In names of what vision files may not hold: residual blocks, and those from before 0.10, and before 0.8.
 BRANCHES = (".context.detail.refine.", ".context.detail.strokes.", ".context.detail.")
 VISION_PARTS = ("model.vision_tower.", "model.multi_modal_projector.")
 # ImageNet statistics, which the tower's published weights expect.
@@ -43,7 +43,7 @@ CHAT_TEMPLATE = (
 def vision_config(path: Path | None) -> TesseraVisionConfig:
     """The tower's shape as recorded beside the vision weights in `path`; None: the shape that is trained today."""
     if path is None:
-        return TesseraVisionConfig()
+        return TesseraVisionConfig(detail_residuals=True)
     try:
         return TesseraVisionConfig(**json.loads(path.with_name(VISION_CONFIG).read_text()))
     except (OSError, ValueError, TypeError) as error:

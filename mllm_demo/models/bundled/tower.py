@@ -41,7 +41,8 @@ class TesseraVisionConfig(PretrainedConfig):
     """Shape of the tower.
 
     `image_size` in pixels; `patch_size` is the total stride, one token a patch. Without transformer layers
-    (`num_hidden_layers` 0) `hidden_size` is `JOINED_SIZE`, the width of the four maps together.
+    (`num_hidden_layers` 0) `hidden_size` is `JOINED_SIZE`, the width of the four maps together. `detail_residuals`:
+    whether the branch for detail has residual blocks.
     """
 
     model_type = "tessera_vision"
@@ -56,6 +57,7 @@ class TesseraVisionConfig(PretrainedConfig):
     num_hidden_layers: int = 4
     num_attention_heads: int = 6
     intermediate_size: int = 1152
+    detail_residuals: bool = False
 
     @property
     def side(self) -> int:
@@ -162,7 +164,8 @@ class Detail(nn.Module):
         self.norm = nn.GroupNorm(1, channels)
         self.conv = nn.Conv2d(channels, width, 3, padding=1)
         self.down = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
-        self.refine = nn.ModuleList((Residual(width), Residual(2 * width)))
+        blocks = (Residual(width), Residual(2 * width)) if config.detail_residuals else (nn.Identity(), nn.Identity())
+        self.refine = nn.ModuleList(blocks)
         self.proj = nn.Linear(2 * width * FINE_FOLD**2, config.hidden_size)
 
     def _map(self, tokens: torch.Tensor, fold: int) -> torch.Tensor:
@@ -231,7 +234,8 @@ class TesseraVisionModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, Context):  # asked here because modules without weights of their own are passed over
             detail = module.detail
-            for last in (detail.proj, detail.strokes[-1], *(residual.net[-1] for residual in detail.refine)):
+            residuals = [block.net[-1] for block in detail.refine if isinstance(block, Residual)]
+            for last in (detail.proj, detail.strokes[-1], *residuals):
                 init.zeros_(last.weight)
                 init.zeros_(last.bias)
 

@@ -23,7 +23,7 @@ from mllm_demo.models.bundled.tower import DETAIL_SIZE, JOINED_SIZE, STROKES_SIZ
 @pytest.fixture(scope="module")
 def tower() -> TesseraVisionModel:
     torch.manual_seed(0)
-    return TesseraVisionModel(TesseraVisionConfig()).eval()
+    return TesseraVisionModel(TesseraVisionConfig(detail_residuals=True)).eval()
 
 
 class Holder(nn.Module):
@@ -92,7 +92,7 @@ def test_the_vision_file_holds_half_precision_weights_and_exact_statistics(tower
     save_vision(holder, tmp_path / "vision.safetensors")
     stored = load_file(tmp_path / "vision.safetensors")
     assert stored.keys() == vision_state(holder).keys()
-    again = Holder(TesseraVisionModel(TesseraVisionConfig()).eval())
+    again = Holder(TesseraVisionModel(tower.config).eval())
     load_vision(again, tmp_path / "vision.safetensors")
     for name, value in vision_state(again).items():
         wanted = vision_state(holder)[name]
@@ -139,7 +139,7 @@ def test_a_vision_file_from_before_a_branch_reads_pictures_as_it_did(tower, tmp_
     assert len(former) < len(state)
     save_file(former, file)
     torch.manual_seed(1)
-    again = Holder(TesseraVisionModel(TesseraVisionConfig()).eval())
+    again = Holder(TesseraVisionModel(tower.config).eval())
     load_vision(again, file)
     pixels = torch.randn(1, 3, tower.config.image_size, tower.config.image_size)
     with torch.no_grad():
@@ -151,9 +151,15 @@ def test_a_vision_file_from_before_a_branch_reads_pictures_as_it_did(tower, tmp_
         load_vision(Holder(tower), file)
 
 
+def test_a_tower_without_residual_blocks_refuses_a_file_with_them(tower, tmp_path):
+    save_vision(Holder(tower), tmp_path / "vision.safetensors")
+    with pytest.raises(CheckpointError, match="refine.* is missing or unexpected"):
+        load_vision(Holder(TesseraVisionModel(TesseraVisionConfig())), tmp_path / "vision.safetensors")
+
+
 def test_detail_belongs_to_the_token_whose_place_it_comes_from():
     torch.manual_seed(0)
-    config = TesseraVisionConfig()
+    config = TesseraVisionConfig(detail_residuals=True)
     detail = Detail(config)
     nn.init.normal_(detail.proj.weight)
     nn.init.normal_(detail.strokes[-1].weight)
