@@ -211,7 +211,7 @@ def ask(
     return Question(task, phrase.format(**made.fills), made.answer, made.key, slack)
 
 
-# Asked about every chart beside the rest: of answers that told both values right, a third concluded wrong.
+# Asked about every chart beside the rest: the verdict of one comparison in three did not follow from the values told.
 COMPARISONS = 2
 # How often each task is tried; those that fit few scenes or are slow to learn come first more often.
 _WEIGHTS = {
