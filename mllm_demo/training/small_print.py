@@ -10,7 +10,6 @@ written the branch is to tell what it told. It knows nothing of image tokens or 
 """
 
 import argparse
-import shutil
 from functools import partial
 from pathlib import Path
 
@@ -18,18 +17,17 @@ import torch
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional
-from torch.utils.data import DataLoader, Subset
 
-from mllm_demo.models.bundled.assembly import load_vision, save_vision
+from mllm_demo.models.bundled.assembly import load_vision
 from mllm_demo.models.bundled.tower import Detail
-from mllm_demo.models.bundled.weights import ADAPTER, ASSETS, VISION_FILE
+from mllm_demo.models.bundled.weights import VISION_FILE
 from mllm_demo.training import art
-from mllm_demo.training.base import build_model, read_heads, save_heads
+from mllm_demo.training.base import add_lesson_flags, build_model, read_heads, save_lesson
 from mllm_demo.training.concepts import LETTER_SLOTS, CellTargets
 from mllm_demo.training.lettering import CHARACTERS
 from mllm_demo.training.runs import Run, add_flags, begin, leave_processes, teach
 from mllm_demo.training.scenes import PAGE
-from mllm_demo.training.tower import Cells
+from mllm_demo.training.tower import cells_held_out, cells_to_learn
 
 MIX = {PAGE: 0.65, "chart": 0.2, "text": 0.06, "single": 0.03, "same": 0.03, "objects": 0.03}
 NONE_WEIGHT = 0.2  # of empty slots, which most are
@@ -75,11 +73,8 @@ def accuracy(see, batches: list[tuple[torch.Tensor, CellTargets]]) -> dict[str, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--init", type=Path, default=ASSETS, help="the model to go on with, as assets/bundled is")
     add_flags(parser, steps=1200, batch_size=32, lr=1e-3, out=Path("runs/small-print-run"))
-    parser.add_argument("--compile", action="store_true", help="faster on a CPU with a C++ compiler")
-    parser.add_argument("--export", action="store_true", help="only write a model from the last checkpoint")
-    parser.add_argument("--to", type=Path, default=Path("runs/small-print"), help="the folder that --export writes")
+    add_lesson_flags(parser, to=Path("runs/small-print"))
     options = parser.parse_args()
     rank, world, device = begin(options)
     art.prepare(options.art)
@@ -99,9 +94,7 @@ def main() -> None:
         options.out, {"branch": branch, "head": head, "optimizer": optimizer}, options.steps, options.batch_size, rank
     )
     if options.export:
-        shutil.copytree(options.init / ADAPTER.name, options.to / ADAPTER.name, dirs_exist_ok=True)
-        save_vision(model, options.to / VISION_FILE.name)
-        save_heads(read_heads(options.init), options.to)
+        save_lesson(model, read_heads(options.init), options)
         return
 
     def see(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,13 +105,8 @@ def main() -> None:
                 as_was = functional_call(branch, former, (maps,))
             return branch(maps).float(), as_was.float()
 
-    cells = partial(Cells, options.art, model=model, processor=processor)
-    done = run.step * options.batch_size
-    data = cells("train", options.seed, options.steps * options.batch_size - done, start=done, kinds=MIX)
-    data = Subset(data, range(rank, len(data), world))
-    loader = DataLoader(data, options.batch_size // world, num_workers=options.workers, prefetch_factor=4)
-    held_out = cells("held-out", 1, 64, kinds={"chart": 1.0}) if rank == 0 else []
-    held_out = list(DataLoader(held_out, 32, num_workers=options.workers)) if rank == 0 else []
+    loader = cells_to_learn(options, run, world, model, processor, MIX)
+    held_out = cells_held_out(options, run, model, processor, 64, 32, {"chart": 1.0})
 
     def losses_of(pixels: torch.Tensor, target: CellTargets) -> dict[str, torch.Tensor]:
         told, as_was = see(pixels)

@@ -17,24 +17,22 @@ nothing of conversations.
 """
 
 import argparse
-import shutil
 from pathlib import Path
 
 import torch
 from torch.func import functional_call
 from torch.nn import functional
-from torch.utils.data import DataLoader, Subset
 
-from mllm_demo.models.bundled.assembly import load_vision, save_vision
-from mllm_demo.models.bundled.weights import ADAPTER, ASSETS, VISION_FILE
+from mllm_demo.models.bundled.assembly import load_vision
+from mllm_demo.models.bundled.weights import VISION_FILE
 from mllm_demo.training import art
-from mllm_demo.training.base import build_model, read_heads, save_heads
+from mllm_demo.training.base import add_lesson_flags, build_model, read_heads, save_lesson
 from mllm_demo.training.chat import reader_of
 from mllm_demo.training.concepts import LETTER_SLOTS, CellTargets
 from mllm_demo.training.lettering import CHARACTERS
 from mllm_demo.training.runs import Run, add_flags, begin, leave_processes, teach
 from mllm_demo.training.scenes import PAGE
-from mllm_demo.training.tower import DENSE, Cells, dense_accuracy, dense_heads
+from mllm_demo.training.tower import DENSE, cells_held_out, cells_to_learn, dense_accuracy, dense_heads
 
 FAINTER = 0.8
 ALONE = 1.9  # how much a cell's only letter counts: what the stages before and after make of it
@@ -101,12 +99,9 @@ def accuracy(letters: Letters, batches: list[tuple[torch.Tensor, CellTargets]]) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--init", type=Path, default=ASSETS, help="the model to go on with, as assets/bundled is")
     parser.add_argument("--like", type=Path, help="the model whose tokens others than letters stay like; else --init")
     add_flags(parser, steps=600, batch_size=24, lr=6e-4, out=Path("runs/tokens-run"))
-    parser.add_argument("--compile", action="store_true", help="faster on a CPU with a C++ compiler")
-    parser.add_argument("--export", action="store_true", help="only write a model from the last checkpoint")
-    parser.add_argument("--to", type=Path, default=Path("runs/tokens"), help="the folder that --export writes")
+    add_lesson_flags(parser, to=Path("runs/tokens"))
     options = parser.parse_args()
     rank, world, device = begin(options)
     art.prepare(options.art)
@@ -128,9 +123,7 @@ def main() -> None:
     parts = {"reader": reader, "heads": heads, "optimizer": optimizer}
     run = Run(options.out, parts, options.steps, options.batch_size, rank)
     if options.export:
-        shutil.copytree(options.init / ADAPTER.name, options.to / ADAPTER.name, dirs_exist_ok=True)
-        save_vision(model, options.to / VISION_FILE.name)
-        save_heads(of_init | {"dense": heads.state_dict()}, options.to)
+        save_lesson(model, of_init | {"dense": heads.state_dict()}, options)
         return
 
     def see(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -141,12 +134,8 @@ def main() -> None:
                 as_were = functional_call(reader, former, (maps,))
             return reader(maps).float(), as_were.float()
 
-    remaining = (options.steps - run.step) * options.batch_size
-    data = Cells(options.art, "train", options.seed, remaining, model, processor, run.step * options.batch_size, MIX)
-    data = Subset(data, range(rank, len(data), world))
-    loader = DataLoader(data, options.batch_size // world, num_workers=options.workers, prefetch_factor=4)
-    held_out = Cells(options.art, "held-out", 1, 144, model, processor, kinds=MIX)
-    held_out = list(DataLoader(held_out, 48, num_workers=options.workers)) if rank == 0 else []
+    loader = cells_to_learn(options, run, world, model, processor, MIX)
+    held_out = cells_held_out(options, run, model, processor, 144, 48, MIX)
     model.eval()
 
     @torch.no_grad()

@@ -198,6 +198,25 @@ def overlap(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     return shared / (areas[0] + areas[1] - shared).clamp(min=1e-9)
 
 
+def cells_to_learn(options: argparse.Namespace, run: Run, world: int, model, processor, kinds=KINDS) -> DataLoader:
+    """This process's share of the pictures that `run` has not seen yet."""
+    done = run.step * options.batch_size
+    count = options.steps * options.batch_size - done
+    data = Cells(options.art, "train", options.seed, count, model, processor, done, kinds)
+    data = Subset(data, range(run.rank, len(data), world))
+    return DataLoader(data, options.batch_size // world, num_workers=options.workers, prefetch_factor=4)
+
+
+def cells_held_out(
+    options: argparse.Namespace, run: Run, model, processor, count: int, size: int, kinds=KINDS
+) -> list[tuple[torch.Tensor, CellTargets]]:
+    """`count` held-out pictures in batches of `size`, for the first process; nothing for others."""
+    if run.rank > 0:
+        return []
+    data = Cells(options.art, "held-out", 1, count, model, processor, kinds=kinds)
+    return list(DataLoader(data, size, num_workers=options.workers))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_flags(parser, steps=650, batch_size=48, lr=1e-3, out=Path("runs/tower"))
@@ -232,14 +251,8 @@ def main() -> None:
             pixels = pixels.to(device, memory_format=torch.channels_last)
             return connector(tower(pixels).last_hidden_state)
 
-    remaining = (options.steps - run.step) * options.batch_size
-    data = Cells(options.art, "train", options.seed, remaining, model, processor, run.step * options.batch_size)
-    data = Subset(data, range(rank, len(data), world))
-    loader = DataLoader(data, options.batch_size // world, num_workers=options.workers, prefetch_factor=4)
-    held_out = DataLoader(
-        Cells(options.art, "held-out", 1, 240, model, processor), 48, num_workers=options.workers
-    )  # fmt: skip
-    held_out = list(held_out) if rank == 0 else []
+    loader = cells_to_learn(options, run, world, model, processor)
+    held_out = cells_held_out(options, run, model, processor, 240, 48)
     model.eval()  # batch statistics stay those of ImageNet
 
     def losses_of(pixels: torch.Tensor, target: CellTargets) -> dict[str, torch.Tensor]:
