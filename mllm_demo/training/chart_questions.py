@@ -4,6 +4,7 @@ import numpy as np
 
 from mllm_demo.training.things import CHART_PARTS, Chart, Scene
 from mllm_demo.training.wording import quoted
+from mllm_demo.training.words import TRAIN_WORDS
 
 KINDS = ("largest", "smallest", "value", "comparison", "label", "chart colour", "chart kind", "chart count")
 WEIGHTS = (0.17, 0.12, 0.25, 0.16, 0.1, 0.1, 0.03, 0.07)
@@ -24,6 +25,23 @@ def ask(
     return None if made is None else (kind, *made)
 
 
+def _compared(label: str, value: int, second: str, other: int) -> tuple[str, str]:
+    """The answer and its key. Two values told first are two steps; the verdict alone, which asks for both at once, was
+    hardly learned."""
+    key = "yes" if value > other else "no"
+    return f"Here {label} is {value} and {second} is {other}, so {key}.", key
+
+
+def told(rng: np.random.Generator) -> tuple[str, dict[str, str], str, str]:
+    """(phrasing, fills, answer, key) of two values that the question itself tells, which no picture has to show: of
+    every three comparisons in charts, one concluded what did not follow."""
+    label, second = (str(word) for word in rng.choice(TRAIN_WORDS, 2, replace=False))
+    top = int(rng.choice((10, 100)))
+    value, other = (int(number) for number in rng.choice(np.arange(1, top + 1), 2, replace=False))
+    answer, key = _compared(label, value, second, other)
+    return "comparison", {"label": label, "second": second, "value": str(value), "other": str(other)}, answer, key
+
+
 def _make(rng: np.random.Generator, chart: Chart, kind: str):
     part, count = CHART_PARTS[chart.kind], len(chart.labels)
     index, other = (int(i) for i in rng.permutation(count)[:2])
@@ -37,10 +55,7 @@ def _make(rng: np.random.Generator, chart: Chart, kind: str):
         slack = 0.0 if chart.kind == "table" else VALUE_SLACK * chart.top
         return fills, f"The value is {value}{unit}.", str(value), slack
     if kind == "comparison":
-        larger = value > chart.values[other]
-        key = "yes" if larger else "no"
-        # Two values told first are two steps; the verdict alone, which asks for both at once, was hardly learned.
-        answer = f"Here {label} is {value} and {chart.labels[other]} is {chart.values[other]}, so {key}."
+        answer, key = _compared(label, value, chart.labels[other], chart.values[other])
         return fills, answer, key, 0.0
     if kind in ("label", "chart colour"):
         if colour is None:

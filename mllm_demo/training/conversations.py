@@ -23,7 +23,7 @@ from mllm_demo.training.placing import COMPARED, NOWHERE, UNKNOWN, Mark, Place, 
 from mllm_demo.training.questions import Question, ask_all
 from mllm_demo.training.replies import turn
 from mllm_demo.training.scenes import SPLITS, render
-from mllm_demo.training.things import Scene
+from mllm_demo.training.things import PAGE, Scene
 
 TALKED = 0.3  # how often talk of something else follows on a picture
 IGNORED = -100  # the label that torch's cross entropy skips
@@ -31,11 +31,12 @@ QUOTE = '"'
 BOX = "["  # where a box begins
 TENS_WEIGHT, UNITS_WEIGHT = 4.0, 0.25
 FIRST_WEIGHT = 3.0  # of the first character that is spelled: it tells which text is meant, and the others follow
-VERDICT, VERDICT_WEIGHT = ", so", 4.0  # what an answer concludes after this is one token, and all that was asked
+VERDICT, VERDICT_WEIGHT = ", so", 6.0  # what an answer concludes after this is one token, and all that was asked
 # How often each kind of picture is talked about.
-MIX = {"single": 0.06, "same": 0.16, "objects": 0.10, "shapes": 0.12, "mixed": 0.03, "text": 0.26, "chart": 0.27}
+MIX = {"single": 0.06, "same": 0.15, "objects": 0.10, "shapes": 0.11, "mixed": 0.03, "text": 0.21, "chart": 0.25}
+MIX |= {PAGE: 0.09}
 # Answers of which one token tells everything weigh more: elsewhere it is outnumbered.
-TASK_WEIGHTS = {"counting": 3.0, "reading": 1.5, "chart": 2.0, "table": 1.5}
+TASK_WEIGHTS = {"counting": 3.0, "total": 3.0, "reading": 1.5, "word": 1.5, "chart": 2.0, "table": 1.5, "told": 1.5}
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ class Encoder:
             said, last = marks(answer, found, last)
             words, of_words = self._read(question, [mark for mark in asked if not mark.before])
             prompt = self.before + picture + words + self.between
-            picked = any(mark.place[-1] == COMPARED for mark in asked)
+            picked = any(mark.place[-1] == COMPARED for mark in asked if not mark.before)  # not by a box that is named
             reply, of_reply = self._answer(answer, said, scene, picked)
             reply = reply + self.end
             ids += prompt + reply + self.after

@@ -84,7 +84,16 @@ PHRASINGS = {
         "What word or number is this?",
         "What does it say?", "Read the text.", "What is written here?", "Read the word.",
         "What is the text in the picture?", "What text is shown?", "Which word do you see?", "what does the text say",
-        "Read this.", "What does the image say?", "Please read what is written in the picture.",
+        "Read this.", "What does the picture say?", "What does this image say?", "What does the photo say?",
+        "What does the sign say?", "What does the paper say?", "Say what the image says.", "what does this say",
+        "What do the words say?", "Tell me what the picture says.", "What does the writing say?",
+        "What does the image say?", "Please read what is written in the picture.",
+    ),
+    "word": (
+        "What is written at {box}?", "Which word is at {box}?", "Read the text in {box}.", "What does {box} say?",
+        "What does the text at {box} say?", "what can be read at {box}", "Which text do you see in {box}?",
+        "Tell me the word inside {box}.", "Read what stands in the box {box}.", "{box}: what is written there?",
+        "Which word stands at {box}?", "Read the word at {box}.",
     ),
     "largest": (
         "Who comes first by value?", "Which {part} beats all the others?", "What is the name of the largest {part}?",

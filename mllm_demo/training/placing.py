@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from mllm_demo.training.concepts import UNKNOWN
 from mllm_demo.training.phrasings import PHRASINGS
-from mllm_demo.training.things import MAX_COUNT, Scene, Thing
+from mllm_demo.training.things import ALL, MAX_COUNT, Scene, Thing
 from mllm_demo.training.wording import MASS, percent, plural
 
 TENS = 11  # 0 to 10 tens of a percent
@@ -65,6 +65,8 @@ def places(scene: Scene) -> dict[str, Place]:
         for words in {thing.name, f"{thing.colour} {thing.name}" if thing.colour else thing.name}:
             named.setdefault(words, []).append(thing)
     found: dict[str, Place] = {}
+    if seen := scene.of_kind("object", "shape"):
+        found |= dict.fromkeys(ALL, (*NOWHERE[:5], min(len(seen), MAX_COUNT), UNKNOWN))
     for words, those in named.items():
         if words not in MASS and words == those[0].name:
             found[plural(words)] = (*NOWHERE[:5], min(len(those), MAX_COUNT), UNKNOWN)

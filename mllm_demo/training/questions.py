@@ -4,13 +4,14 @@
 """
 
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 
 from mllm_demo.training import chart_questions
 from mllm_demo.training.art import OBJECT_NAMES
 from mllm_demo.training.phrasings import FOLLOW_UPS, phrasings
-from mllm_demo.training.things import COLOURS, SHAPES, Scene, Thing
+from mllm_demo.training.things import ALL, COLOURS, PAGE, SHAPES, Scene, Thing
 from mllm_demo.training.wording import CANNOT_TELL, MASS, box_text, describe, plural, quoted, the, verb, with_article
 
 TASKS = (
@@ -58,7 +59,17 @@ def _pick(rng: np.random.Generator, things):
     return things[int(rng.integers(len(things)))]
 
 
+def _text(scene: Scene) -> str:
+    """All that is written, where it is short enough to be read out and more than a chart's labels."""
+    return "" if scene.chart is not None or scene.kind == PAGE else " ".join(scene.lines)
+
+
 def _naming(rng, scene: Scene) -> _Made | None:
+    if scene.chart is not None:
+        kind = chart_questions.NAMES[scene.chart.kind]
+        return _Made("naming", {}, f"This is {kind}.", kind.split(" ", 1)[1])
+    if not _things(scene) and (text := _text(scene)):  # asked what it is, a picture of nothing but text is read
+        return _Made("naming", {}, f"It says {quoted(text)}.", text)
     objects = scene.of_kind("object")
     if len({thing.name for thing in objects}) != 1 or scene.of_kind("shape"):
         return None
@@ -161,15 +172,42 @@ def _pointing(rng, scene: Scene) -> _Made | None:
 
 
 def _reading(rng, scene: Scene) -> _Made | None:
-    if scene.chart is not None or not scene.lines:
+    text = _text(scene)
+    return _Made("reading", {}, f"It says {quoted(text)}.", text) if text else None
+
+
+def _words(scene: Scene) -> list[tuple[str, tuple[float, float, float, float]]]:
+    """Every word that is written once, and its box."""
+    letters = scene.of_kind("letter")
+    written, rest, found = "".join(letter.name for letter in letters), iter(letters), []
+    for word in " ".join(scene.lines).split():
+        x0, y0, x1, y1 = zip(*(letter.box for letter in islice(rest, len(word))), strict=True)
+        if written.count(word) == 1:
+            found.append((word, (min(x0), min(y0), max(x1), max(y1))))
+    return found
+
+
+def _word(rng, scene: Scene) -> _Made | None:
+    words = _words(scene)
+    if not words:
         return None
-    text = " ".join(scene.lines)
-    return _Made("reading", {}, f"It says {quoted(text)}.", text)
+    word, box = _pick(rng, words)
+    size = scene.image.shape[0]
+    fills = {"box": box_text(np.asarray(box) + rng.normal(0, 0.01 * size, 4), size)}
+    return _Made("word" if rng.random() < 0.7 else "pointing", fills, f"It says {quoted(word)}.", word)
+
+
+def _listed(parts: list[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
 def _caption(rng, scene: Scene) -> _Made | None:
-    if scene.chart is not None:
+    if scene.kind == PAGE:
         return None
+    if scene.chart is not None:
+        labels = _listed([quoted(label) for label in scene.chart.labels])
+        text = f"{chart_questions.NAMES[scene.chart.kind]} of {labels}"
+        return _Made("caption", {}, f"{text.capitalize()}.", text)
     size = scene.image.shape[0]
     ordered = sorted(_things(scene), key=lambda t: (int(t.centre[1] * 3 / size), t.centre[0]))
     counted: dict[str, int] = {}
@@ -177,8 +215,21 @@ def _caption(rng, scene: Scene) -> _Made | None:
         counted[describe(thing)] = counted.get(describe(thing), 0) + 1
     parts = [what if n == 1 else f"{n} {plural(what.split(' ', 1)[1])}" for what, n in counted.items()]
     parts += [f"the text {quoted(' '.join(scene.lines))}"] if scene.lines else []
-    text = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+    text = _listed(parts)
     return _Made("caption", {}, f"{text[0].upper()}{text[1:]}.", text)
+
+
+def _total(rng, scene: Scene) -> _Made | None:
+    things = _things(scene)
+    if len(things) < 2 or scene.lines or any(thing.name in MASS for thing in things):
+        return None
+    all_shapes = all(thing.kind == "shape" for thing in things)
+    what = ALL[1 if all_shapes and rng.random() < 0.5 else 0]
+    return _Made("counting", {"plural": what}, f"There are {len(things)} {what}.", str(len(things)))
+
+
+def _told(rng, scene: Scene) -> _Made | None:
+    return _Made(*chart_questions.told(rng))
 
 
 def _unanswerable(rng, scene: Scene) -> _Made | None:
@@ -188,8 +239,8 @@ def _unanswerable(rng, scene: Scene) -> _Made | None:
 
 _MAKERS = {
     "naming": _naming, "presence": _presence, "counting": _counting, "colour": _colour, "shape": _shape,
-    "relations": _relations, "grounding": _grounding, "pointing": _pointing, "reading": _reading,
-    "caption": _caption, "unanswerable": _unanswerable,
+    "relations": _relations, "grounding": _grounding, "pointing": _pointing, "reading": _reading, "word": _word,
+    "caption": _caption, "unanswerable": _unanswerable, "total": _total, "told": _told,
 }  # fmt: skip
 
 
@@ -208,26 +259,31 @@ def ask(
         if made is None:
             return None
     phrase = str(rng.choice(phrasings(made.phrasing, held_out)))
+    if task == "told":
+        phrase = f"{made.fills['label'].capitalize()} is {{value}} and {{second}} is {{other}}. {phrase}"
     return Question(task, phrase.format(**made.fills), made.answer, made.key, slack)
 
 
 # Asked about every chart beside the rest: the verdict of one comparison in three did not follow from the values told.
 COMPARISONS = 2
+COMPARED = 0.5  # of other pictures that are followed by as many, of values that the question tells
+DESCRIBED = 0.4  # of charts, after all other questions: the labels that it tells would answer those
 # How often each task is tried; those that fit few scenes or are slow to learn come first more often.
 _WEIGHTS = {
     "naming": 1, "presence": 2, "counting": 3, "colour": 1.5, "shape": 1.5, "relations": 5, "grounding": 5,
-    "pointing": 2, "reading": 4, "chart": 8, "table": 8, "caption": 0.3, "unanswerable": 0.4,
+    "pointing": 2, "reading": 4, "chart": 8, "table": 8, "caption": 0.3, "unanswerable": 0.4, "total": 1,
 }  # fmt: skip
 
 
 def ask_all(rng: np.random.Generator, scene: Scene, most: int) -> list[Question]:
-    """Up to `most` questions with different answers, as the turns of one conversation, and about a chart `COMPARISONS`
-    more; some ask about "it"."""
+    """Up to `most` questions with different answers, as the turns of one conversation; some ask about "it". A chart is
+    compared `COMPARISONS` times more and often described at the end; text fills the rest with its single words; what
+    stands in no picture is compared, too."""
     names, weights = list(_WEIGHTS), np.array(list(_WEIGHTS.values()))
     questions: dict[tuple[str, str], Question] = {}
     for task in rng.choice(names, 6 * most, p=weights / weights.sum()):
         question = ask(rng, scene, str(task))
-        if question is None:
+        if question is None or (scene.chart is not None and task == "caption"):
             continue
         for made in (question, _follow_up(rng, scene, question)):
             if made is not None:
@@ -235,11 +291,17 @@ def ask_all(rng: np.random.Generator, scene: Scene, most: int) -> list[Question]
         if len(questions) >= most:
             break
     asked = list(questions.values())[:most]
-    if scene.chart is not None:
+    if scene.chart is None:
+        more = [ask(rng, scene, "word") for _ in range(most - len(asked))]
+        more += [ask(rng, scene, "told") for _ in range(COMPARISONS)] if rng.random() < COMPARED else []
+    else:
         task = "table" if scene.chart.kind == "table" else "chart"
-        more = (ask(rng, scene, task, kind="comparison") for _ in range(COMPARISONS))
-        asked += {q.answer: q for q in more if q.answer not in {one.answer for one in asked}}.values()
-    return asked
+        more = [ask(rng, scene, task, kind="comparison") for _ in range(COMPARISONS)]
+        more += [ask(rng, scene, "caption")] if rng.random() < DESCRIBED else []
+    said = {question.answer for question in asked}
+    others = list({q.answer: q for q in more if q is not None and q.answer not in said}.values())
+    first = scene.chart is None and rng.random() < 0.5  # what is read first is not read again, but remembered
+    return others + asked if first else asked + others
 
 
 def _follow_up(rng: np.random.Generator, scene: Scene, question: Question) -> Question | None:

@@ -11,15 +11,15 @@ from mllm_demo.training.canvas import background, damage, ink_on, plain
 from mllm_demo.training.charts import draw_chart
 from mllm_demo.training.lettering import HEIGHTS, draw_line, font_of, write
 from mllm_demo.training.restyle import restyled
-from mllm_demo.training.things import COLOURS, MAX_COUNT, SHAPES, Scene, Split, Thing
+from mllm_demo.training.things import COLOURS, MAX_COUNT, PAGE, SHAPES, Scene, Split, Thing
 from mllm_demo.training.words import TEST_WORDS, TRAIN_WORDS, invented
 
 SIZE = 384
 RESTYLED = 0.4  # of the drawings to learn from
 SMALL, SMALL_HEIGHTS = 0.4, (0.045, 0.1)  # of the texts to learn from: letters too small to have a token each
-# How often each kind of picture is drawn.
+SINGLE = 0.6  # below this, a large text to learn from is one number or word; more words are more to read at once
+# How often each kind of picture is drawn; a `PAGE` only where it is asked for.
 KINDS = {"single": 0.08, "same": 0.08, "objects": 0.14, "shapes": 0.06, "mixed": 0.04, "text": 0.36, "chart": 0.24}
-PAGE = "page"  # a kind that is drawn only where it is asked for: nothing but words and numbers as small as a chart's
 PAGE_HEIGHTS = (0.045, 0.1)
 NUMBERS = 0.15  # of a page's words
 STYLES = (str.upper, str.lower, str.capitalize)
@@ -172,7 +172,7 @@ class _Picture:
             lines = [" ".join(self._word() for _ in range(rng.integers(1, 4))) for _ in range(rng.integers(1, 5))]
         elif roll < 0.25:
             lines = [str(rng.integers(0, 10 ** int(rng.integers(1, 6))))]
-        elif roll < 0.85 or band[0] > size / 2:
+        elif roll < (SINGLE if self.split.withheld is False else 0.85) or band[0] > size / 2:
             lines = [self._word()]
         else:
             lines = [" ".join(self._word() for _ in range(rng.integers(1, 3))) for _ in range(rng.integers(1, 4))]
@@ -197,6 +197,7 @@ class _Picture:
             while left + font.getlength(word := self._word_or_number()) < size:
                 line, letters = draw_line(self.canvas, word, font, left, baseline, ink)
                 self.things += letters
+                self.lines.append(line.text)
                 left = line.box[2] + font.size * rng.uniform(0.3, 1.2)
 
     def _word_or_number(self) -> str:

@@ -26,7 +26,7 @@ from mllm_demo.training.base import add_lesson_flags, build_model, read_heads, s
 from mllm_demo.training.concepts import LETTER_SLOTS, CellTargets
 from mllm_demo.training.lettering import CHARACTERS
 from mllm_demo.training.runs import Run, add_flags, begin, leave_processes, teach
-from mllm_demo.training.scenes import PAGE
+from mllm_demo.training.things import PAGE
 from mllm_demo.training.tower import cells_held_out, cells_to_learn
 
 MIX = {PAGE: 0.65, "chart": 0.2, "text": 0.06, "single": 0.03, "same": 0.03, "objects": 0.03}

@@ -31,7 +31,7 @@ from mllm_demo.training.chat import reader_of
 from mllm_demo.training.concepts import LETTER_SLOTS, CellTargets
 from mllm_demo.training.lettering import CHARACTERS
 from mllm_demo.training.runs import Run, add_flags, begin, leave_processes, teach
-from mllm_demo.training.scenes import PAGE
+from mllm_demo.training.things import PAGE
 from mllm_demo.training.tower import DENSE, cells_held_out, cells_to_learn, dense_accuracy, dense_heads
 
 FAINTER = 0.8

@@ -41,6 +41,7 @@ def test_words_tell_a_place_only_if_they_pick_one_thing_out_and_plurals_tell_how
     assert found["red star"] == place_of(SCENE, RED.box)
     assert "star" not in found  # there are two
     assert found["stars"] == (*NOWHERE[:5], 2, UNKNOWN) and found["dogs"][5] == 1
+    assert found["things"][5] == found["shapes"][5] == 3
 
 
 def test_labels_tell_their_region_and_value_unless_questions_use_the_word_and_so_do_extremes():

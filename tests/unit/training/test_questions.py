@@ -1,12 +1,15 @@
 """Every answer follows from the scene, and scoring is exact: the right thing is said and nothing else."""
 
+import re
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from mllm_demo.training.phrasings import HELD_OUT_PHRASINGS, PHRASINGS, phrasings
 from mllm_demo.training.questions import COMPARISONS, TASKS, Question, ask, ask_all
-from mllm_demo.training.scoring import is_right, overlap
-from mllm_demo.training.things import Chart, Scene, Thing
+from mllm_demo.training.scoring import box_in, is_right, overlap
+from mllm_demo.training.things import PAGE, Chart, Scene, Thing
 from mllm_demo.training.wording import CANNOT_TELL
 
 BLANK = np.zeros((200, 200, 3), np.uint8)
@@ -19,7 +22,9 @@ def scene(*things: Thing, lines: tuple[str, ...] = (), chart: Chart | None = Non
 
 DOGS = scene(*[Thing("object", "dog", BOX)] * 3)
 SHAPES = scene(Thing("shape", "star", (0, 80, 20, 100), "red"), Thing("shape", "circle", (150, 80, 170, 100), "blue"))
-TEXT = scene(Thing("letter", "o", BOX), lines=("oak", "42"))
+WRITTEN = [Thing("letter", char, (20 * i, 100, 20 * i + 20, 140)) for i, char in enumerate("oak42")]
+TEXT = scene(*WRITTEN, lines=("oak", "42"))
+PAGE_OF_TWO = replace(TEXT, kind=PAGE)
 REGION = (0, 0, 1, 1)
 BARS = scene(chart=Chart("bar", ("oak", "elm"), (30, 70), ("red", "blue"), 100, (REGION, REGION)))
 TABLE = scene(chart=Chart("table", ("oak", "elm"), (30, 70), (None, None), 100, (REGION, REGION)))
@@ -37,6 +42,9 @@ ALLOWED = {
         (scene(Thing("object", "bread", BOX)), "naming", "This is some bread."),
         (scene(Thing("object", "glasses", BOX)), "naming", "These are some glasses."),
         (TEXT, "reading", 'It says "oak 42".'),
+        (TEXT, "naming", 'It says "oak 42".'),
+        (BARS, "naming", "This is a bar chart."),
+        (BARS, "caption", 'A bar chart of "oak" and "elm".'),
         (DOGS, "caption", "3 dogs."),
         (SHAPES, "caption", "A red star and a blue circle."),
         (scene(Thing("object", "cat", (20, 40, 100, 200))), "grounding", "The cat is at [10, 20, 50, 100]."),
@@ -49,6 +57,42 @@ def test_answers_follow_from_the_scene(shown, task, answer):
 
 def asked(shown: Scene, task: str, count: int = 80) -> set[Question]:
     return {ask(np.random.default_rng(seed), shown, task) for seed in range(count)} - {None}
+
+
+def test_a_word_is_asked_for_by_its_box():
+    middles = {"oak": 15, "42": 40}  # of 100 percent
+    for question in asked(TEXT, "word"):
+        left, top, right, bottom = box_in(question.prompt)
+        assert abs((left + right) / 2 - middles[question.key]) < 5 and abs((top + bottom) / 2 - 60) < 5
+        assert question.answer == f'It says "{question.key}".'
+    assert {question.key for question in asked(TEXT, "word")} == set(middles)
+
+
+def test_a_word_that_stands_there_twice_is_not_asked_for():
+    twice = scene(*WRITTEN, *WRITTEN[:3], lines=("oak", "42", "oak"))
+    assert {question.key for question in asked(twice, "word")} == {"42"}
+
+
+def test_a_page_is_too_much_to_be_read_out_but_its_words_are_read():
+    assert not asked(PAGE_OF_TWO, "reading") and not asked(PAGE_OF_TWO, "caption")
+    questions = ask_all(np.random.default_rng(0), PAGE_OF_TWO, 6)
+    assert {question.key for question in questions if question.task == "word"} == {"oak", "42"}
+
+
+@pytest.mark.parametrize(("shown", "whats"), [(DOGS, {"things"}), (SHAPES, {"things", "shapes"})])
+def test_all_things_are_counted_and_shapes_where_there_is_nothing_else(shown, whats):
+    count = len(shown.things)
+    assert {question.answer for question in asked(shown, "total")} == {f"There are {count} {what}." for what in whats}
+    assert not asked(TEXT, "total")
+
+
+def test_what_follows_from_told_values_is_asked_whatever_is_shown():
+    for question in asked(DOGS, "told"):
+        told = re.match(r"(\w+) is (\d+) and (\w+) is (\d+)\. ", question.prompt)
+        (first, value, second, other), verdict = told.groups(), question.key
+        assert verdict == ("yes" if int(value) > int(other) else "no")
+        assert question.answer == f"Here {first.lower()} is {value} and {second} is {other}, so {verdict}."
+    assert {question.key for question in asked(DOGS, "told")} == {"yes", "no"}
 
 
 def test_presence_says_yes_only_for_what_is_there():
@@ -91,7 +135,7 @@ def test_every_answer_scores_as_right_and_no_question_asks_for_the_same_answer_t
     for seed in range(20):
         questions = ask_all(np.random.default_rng(seed), shown, 6)
         assert questions and len({(q.task, q.answer) for q in questions}) == len(questions)
-        assert len(questions) <= 6 + (COMPARISONS if shown.chart else 0)
+        assert len(questions) <= 6 + COMPARISONS + bool(shown.chart)
         for question in questions:
             assert question.task == "caption" or is_right(question, question.answer), question
 
@@ -100,6 +144,11 @@ def test_every_answer_scores_as_right_and_no_question_asks_for_the_same_answer_t
 def test_every_conversation_about_a_chart_compares(shown):
     for seed in range(20):
         assert any(", so " in question.answer for question in ask_all(np.random.default_rng(seed), shown, 1))
+
+
+def test_what_describes_a_chart_comes_last_as_its_labels_would_answer_the_rest():
+    talks = [[q.task for q in ask_all(np.random.default_rng(seed), BARS, 8)] for seed in range(40)]
+    assert {talk.index("caption") - len(talk) for talk in talks if "caption" in talk} == {-1}
 
 
 @pytest.mark.parametrize(
