@@ -267,6 +267,7 @@ def ask(
 # Asked about every chart beside the rest: the verdict of one comparison in three did not follow from the values told.
 COMPARISONS = 2
 COMPARED = 0.5  # of other pictures that are followed by as many, of values that the question tells
+WORDS = 5  # single words that are asked for at most; a box takes two dozen tokens, and the longest row sets the pace
 DESCRIBED = 0.4  # of charts, after all other questions: the labels that it tells would answer those
 # How often each task is tried; those that fit few scenes or are slow to learn come first more often.
 _WEIGHTS = {
@@ -281,6 +282,8 @@ def ask_all(rng: np.random.Generator, scene: Scene, most: int) -> list[Question]
     stands in no picture is compared, too."""
     names, weights = list(_WEIGHTS), np.array(list(_WEIGHTS.values()))
     questions: dict[tuple[str, str], Question] = {}
+    told = COMPARISONS if scene.chart is None and rng.random() < COMPARED else 0
+    room = max(most - told, 1)
     for task in rng.choice(names, 6 * most, p=weights / weights.sum()):
         question = ask(rng, scene, str(task))
         if question is None or (scene.chart is not None and task == "caption"):
@@ -288,12 +291,12 @@ def ask_all(rng: np.random.Generator, scene: Scene, most: int) -> list[Question]
         for made in (question, _follow_up(rng, scene, question)):
             if made is not None:
                 questions.setdefault((made.task, made.answer), made)
-        if len(questions) >= most:
+        if len(questions) >= room:
             break
-    asked = list(questions.values())[:most]
+    asked = list(questions.values())[:room]
     if scene.chart is None:
-        more = [ask(rng, scene, "word") for _ in range(most - len(asked))]
-        more += [ask(rng, scene, "told") for _ in range(COMPARISONS)] if rng.random() < COMPARED else []
+        more = [ask(rng, scene, "word") for _ in range(min(room - len(asked), WORDS))]
+        more += [ask(rng, scene, "told") for _ in range(told)]
     else:
         task = "table" if scene.chart.kind == "table" else "chart"
         more = [ask(rng, scene, task, kind="comparison") for _ in range(COMPARISONS)]
