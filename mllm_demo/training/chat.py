@@ -130,13 +130,13 @@ def heads_before(options) -> dict[str, dict[str, torch.Tensor]]:
 
 def build(options, device: torch.device, rank: int) -> tuple[PeftModel, object, dict[str, tuple[str, ...]]]:
     """The adapted model where the stage before `options.stage` left it, on `device`, its processor, and what its
-    language model wrote: "texts" to stand alone, "talk" to follow pictures; nothing for `--middle`."""
+    language model wrote: "texts" to stand alone, "talk" to follow pictures; nothing for `--middle` and `--export`."""
     model, processor = build_model(options.base)
     model.to(device)
     if rank > 0:
         wait_for_others()
     written = {}
-    if not options.middle:  # a lesson of charts has no use for text, which takes minutes to write
+    if not (options.middle or options.export):  # neither has any use for text, which takes minutes to write
         written = {"texts": texts(model, processor, options.base), "talk": talk(model, processor, options.base)}
     if rank == 0:
         wait_for_others()

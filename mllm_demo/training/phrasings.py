@@ -28,7 +28,9 @@ PHRASINGS = {
     ),
     "shape": (
         "Which figure is {colour}?", "What kind of shape is {colour}?", "The {colour} thing is what shape?",
-        "Say which shape is {colour}.", "Is the {colour} thing a circle, a square, a triangle or a star?",
+        "Say which shape is {colour}.", "Tell me what shape the {colour} one is.", "Tell me which shape is {colour}.",
+        "Tell me the {colour} shape.", "Which shape does the {colour} one have?",
+        "Is the {colour} thing a circle, a square, a triangle or a star?",
         "What form has the {colour} one?", "What does the {colour} shape look like?",
         "What shape is the {colour} thing?", "Which shape is {colour}?", "What is the {colour} shape?",
         "Name the {colour} shape.", "What {colour} shape is there?", "What is the shape of the {colour} figure?",
@@ -120,7 +122,9 @@ PHRASINGS = {
         "What value do you read at {label}?", "What is drawn for {label}, as a number?", "{label}: what value?",
         "According to the chart, how much is {label}?", "What figure does the picture show for {label}?",
         "Which value belongs to {label}?", "What number does {label} show?", "Give the value of {label}.",
-        "What value does the chart show for {label}?", "Value of {label}?", "How large is {label}?",
+        "What value does the chart show for {label}?", "What does the chart say about {label}?",
+        "What does the picture show for {label}?", "Say what {label} is worth.", "Value of {label}?",
+        "How large is {label}?",
         "What is {label} worth?",
         "Which number stands at {label}?",
         "What is the value of {label}?", "What value does {label} have?", "How much is {label}?",
@@ -181,6 +185,13 @@ FOLLOW_UPS = {
     "colour": ("What colour is it?", "And its colour?", "Which color does it have?"),
     "grounding": ("Where is it?", "And where is it?", "Where exactly?"),
 }
+
+
+# What may stand before any question: a model that met "Tell me the" before few kinds of them took it for one of those.
+OPENINGS = (
+    "Tell me: {}", "Please tell me: {}", "Please: {}", "Hi! {}", "Hello, {}", "Look at the image. {}", "A question: {}",
+    "I would like to know: {}", "Can you say: {}", "Now: {}", "And: {}", "From the picture: {}", "Quick question: {}",
+)  # fmt: skip
 
 
 def phrasings(task: str, held_out: bool) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from mllm_demo.training import chart_questions
 from mllm_demo.training.art import OBJECT_NAMES
-from mllm_demo.training.phrasings import FOLLOW_UPS, phrasings
+from mllm_demo.training.phrasings import FOLLOW_UPS, OPENINGS, phrasings
 from mllm_demo.training.things import ALL, COLOURS, PAGE, SHAPES, Scene, Thing
 from mllm_demo.training.wording import CANNOT_TELL, MASS, box_text, describe, plural, quoted, the, verb, with_article
 
@@ -261,9 +261,12 @@ def ask(
     phrase = str(rng.choice(phrasings(made.phrasing, held_out)))
     if task == "told":
         phrase = f"{made.fills['label'].capitalize()} is {{value}} and {{second}} is {{other}}. {phrase}"
+    if not held_out and rng.random() < OPENED:
+        phrase = str(rng.choice(OPENINGS)).format(phrase)
     return Question(task, phrase.format(**made.fills), made.answer, made.key, slack)
 
 
+OPENED = 0.2  # of all questions to learn from
 # Asked about every chart beside the rest: the verdict of one comparison in three did not follow from the values told.
 COMPARISONS = 2
 COMPARED = 0.5  # of other pictures that are followed by as many, of values that the question tells

@@ -88,7 +88,7 @@ def test_all_things_are_counted_and_shapes_where_there_is_nothing_else(shown, wh
 
 def test_what_follows_from_told_values_is_asked_whatever_is_shown():
     for question in asked(DOGS, "told"):
-        told = re.match(r"(\w+) is (\d+) and (\w+) is (\d+)\. ", question.prompt)
+        told = re.search(r"(\w+) is (\d+) and (\w+) is (\d+)\. ", question.prompt)
         (first, value, second, other), verdict = told.groups(), question.key
         assert verdict == ("yes" if int(value) > int(other) else "no")
         assert question.answer == f"Here {first.lower()} is {value} and {second} is {other}, so {verdict}."
@@ -122,6 +122,13 @@ def test_a_question_that_the_scene_does_not_allow_is_not_asked(task):
     empty = scene()
     assert task == "unanswerable" or ask(np.random.default_rng(0), empty, task) is None
     assert asked(ALLOWED[task], task)
+
+
+def test_an_opening_before_a_question_changes_nothing_of_its_answer_and_is_only_learned_from():
+    opened = {q for q in asked(DOGS, "naming") if q.prompt not in PHRASINGS["naming"]}
+    assert opened and {question.answer for question in opened} == {"These are dogs."}
+    held_out = {ask(np.random.default_rng(seed), DOGS, "naming", held_out=True).prompt for seed in range(80)}
+    assert held_out == set(phrasings("naming", True))
 
 
 @pytest.mark.parametrize("task", PHRASINGS)
