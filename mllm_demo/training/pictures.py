@@ -45,6 +45,8 @@ TITLES = {
     "pages-4": "III, on from that and pages",
     "mended-4": "III, on from there to 0.12",
     "print-4": "III, on from 0.12 and letters alone",
+    "asked-4": "III, words by their boxes, values told",
+    "opened-4": "III, on from there to 0.13",
     "stage2-1": "II, single LoRA",
     "stage3-1": "III, single LoRA",
 }
