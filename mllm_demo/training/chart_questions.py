@@ -25,6 +25,12 @@ def ask(
     return None if made is None else (kind, *made)
 
 
+def named(chart: Chart) -> tuple[str, str]:
+    """What kind of chart it is: the answer and its key."""
+    name = NAMES[chart.kind]
+    return f"This is {name}.", name.split(" ", 1)[1]
+
+
 def _compared(label: str, value: int, second: str, other: int) -> tuple[str, str]:
     """The answer and its key. Two values told first are two steps; the verdict alone, which asks for both at once, was
     hardly learned."""
@@ -32,14 +38,15 @@ def _compared(label: str, value: int, second: str, other: int) -> tuple[str, str
     return f"Here {label} is {value} and {second} is {other}, so {key}.", key
 
 
-def told(rng: np.random.Generator) -> tuple[str, dict[str, str], str, str]:
-    """(phrasing, fills, answer, key) of two values that the question itself tells, which no picture has to show: of
-    every three comparisons in charts, one concluded what did not follow."""
+def told(rng: np.random.Generator) -> tuple[str, dict[str, str], str, str, str]:
+    """(phrasing, fills, answer, key, what is said before) of two values that the question itself tells, which no
+    picture has to show: of every three comparisons in charts, one concluded what did not follow."""
     label, second = (str(word) for word in rng.choice(TRAIN_WORDS, 2, replace=False))
     top = int(rng.choice((10, 100)))
     value, other = (int(number) for number in rng.choice(np.arange(1, top + 1), 2, replace=False))
     answer, key = _compared(label, value, second, other)
-    return "comparison", {"label": label, "second": second, "value": str(value), "other": str(other)}, answer, key
+    before = f"{label.capitalize()} is {value} and {second} is {other}. "
+    return "comparison", {"label": label, "second": second}, answer, key, before
 
 
 def _make(rng: np.random.Generator, chart: Chart, kind: str):
@@ -64,5 +71,5 @@ def _make(rng: np.random.Generator, chart: Chart, kind: str):
             return fills, f"It is {quoted(label)}.", label, 0.0
         return fills, f"It is {colour}.", colour, 0.0
     if kind == "chart kind":
-        return fills, f"This is {NAMES[chart.kind]}.", NAMES[chart.kind].split(" ", 1)[1], 0.0
+        return fills, *named(chart), 0.0
     return fills, f"There are {count} {part}s.", str(count), 0.0

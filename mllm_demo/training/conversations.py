@@ -33,8 +33,10 @@ TENS_WEIGHT, UNITS_WEIGHT = 4.0, 0.25
 FIRST_WEIGHT = 3.0  # of the first character that is spelled: it tells which text is meant, and the others follow
 VERDICT, VERDICT_WEIGHT = ", so", 6.0  # what an answer concludes after this is one token, and all that was asked
 # How often each kind of picture is talked about.
-MIX = {"single": 0.06, "same": 0.15, "objects": 0.10, "shapes": 0.11, "mixed": 0.03, "text": 0.21, "chart": 0.25}
-MIX |= {PAGE: 0.09}
+MIX = {
+    "single": 0.06, "same": 0.15, "objects": 0.10, "shapes": 0.11, "mixed": 0.03, "text": 0.21, "chart": 0.25,
+    PAGE: 0.09,
+}  # fmt: skip
 # Answers of which one token tells everything weigh more: elsewhere it is outnumbered.
 TASK_WEIGHTS = {"counting": 3.0, "total": 3.0, "reading": 1.5, "word": 1.5, "chart": 2.0, "table": 1.5, "told": 1.5}
 
@@ -175,9 +177,10 @@ class Encoder:
             picture = self.image if pixels is not None and index == 0 else []
             asked, last = marks(question, found, last)
             said, last = marks(answer, found, last)
-            words, of_words = self._read(question, [mark for mark in asked if not mark.before])
+            asked = [mark for mark in asked if not mark.before]  # a box that is named tells its place itself
+            words, of_words = self._read(question, asked)
             prompt = self.before + picture + words + self.between
-            picked = any(mark.place[-1] == COMPARED for mark in asked if not mark.before)  # not by a box that is named
+            picked = any(mark.place[-1] == COMPARED for mark in asked)
             reply, of_reply = self._answer(answer, said, scene, picked)
             reply = reply + self.end
             ids += prompt + reply + self.after

@@ -8,6 +8,7 @@ worth in a chart; at a plural, how many there are. It knows nothing of tokens.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +58,10 @@ def compared(place: Place) -> Place:
     return (*place[:-1], COMPARED)
 
 
+def _count(things: Sequence[Thing]) -> Place:
+    return (*NOWHERE[:5], min(len(things), MAX_COUNT), UNKNOWN)
+
+
 def places(scene: Scene) -> dict[str, Place]:
     """What words that pick something out of the scene should tell: names, coloured names, plurals, chart labels."""
     things = scene.of_kind("object", "shape", "part")
@@ -66,10 +71,10 @@ def places(scene: Scene) -> dict[str, Place]:
             named.setdefault(words, []).append(thing)
     found: dict[str, Place] = {}
     if seen := scene.of_kind("object", "shape"):
-        found |= dict.fromkeys(ALL, (*NOWHERE[:5], min(len(seen), MAX_COUNT), UNKNOWN))
+        found |= dict.fromkeys(ALL, _count(seen))
     for words, those in named.items():
         if words not in MASS and words == those[0].name:
-            found[plural(words)] = (*NOWHERE[:5], min(len(those), MAX_COUNT), UNKNOWN)
+            found[plural(words)] = _count(those)
         if len(those) == 1:
             found[words] = place_of(scene, those[0].box)
     if (chart := scene.chart) is not None:

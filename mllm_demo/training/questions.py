@@ -36,12 +36,13 @@ class Question:
 
 @dataclass(frozen=True)
 class _Made:
-    """A question without its words: `fills` are put into a phrasing of `phrasing`."""
+    """A question without its words: `fills` are put into a phrasing of `phrasing`, which comes after `before`."""
 
     phrasing: str
     fills: dict[str, str]
     answer: str
     key: str
+    before: str = ""
 
 
 def _things(scene: Scene) -> tuple[Thing, ...]:
@@ -66,10 +67,9 @@ def _text(scene: Scene) -> str:
 
 def _naming(rng, scene: Scene) -> _Made | None:
     if scene.chart is not None:
-        kind = chart_questions.NAMES[scene.chart.kind]
-        return _Made("naming", {}, f"This is {kind}.", kind.split(" ", 1)[1])
-    if not _things(scene) and (text := _text(scene)):  # asked what it is, a picture of nothing but text is read
-        return _Made("naming", {}, f"It says {quoted(text)}.", text)
+        return _Made("naming", {}, *chart_questions.named(scene.chart))
+    if not _things(scene) and (read := _reading(rng, scene)):  # asked what it is, a picture of nothing but text is read
+        return replace(read, phrasing="naming")
     objects = scene.of_kind("object")
     if len({thing.name for thing in objects}) != 1 or scene.of_kind("shape"):
         return None
@@ -214,7 +214,7 @@ def _caption(rng, scene: Scene) -> _Made | None:
     for thing in ordered:
         counted[describe(thing)] = counted.get(describe(thing), 0) + 1
     parts = [what if n == 1 else f"{n} {plural(what.split(' ', 1)[1])}" for what, n in counted.items()]
-    parts += [f"the text {quoted(' '.join(scene.lines))}"] if scene.lines else []
+    parts += [f"the text {quoted(_text(scene))}"] if scene.lines else []
     text = _listed(parts)
     return _Made("caption", {}, f"{text[0].upper()}{text[1:]}.", text)
 
@@ -258,9 +258,7 @@ def ask(
         made = _MAKERS[task](rng, scene)
         if made is None:
             return None
-    phrase = str(rng.choice(phrasings(made.phrasing, held_out)))
-    if task == "told":
-        phrase = f"{made.fills['label'].capitalize()} is {{value}} and {{second}} is {{other}}. {phrase}"
+    phrase = made.before + str(rng.choice(phrasings(made.phrasing, held_out)))
     if not held_out and rng.random() < OPENED:
         phrase = str(rng.choice(OPENINGS)).format(phrase)
     return Question(task, phrase.format(**made.fills), made.answer, made.key, slack)
