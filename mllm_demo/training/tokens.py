@@ -7,11 +7,12 @@
 
 Stage 0 has cells of one letter look, to the language model, like that letter, and leaves those of several letters to
 be worked out, which the language model never did: with two letters in any cell, 1 of 50 held-out words was read, else
-96 of 150. Here a cell is to look like the sum of its letters, each counting `FAINTER` times the one before it.
-In all directions but those of letters such a token is to stay what it was, and every other token near it. Most pictures
-are of small text: pages of it, since a chart's labels fill a dozen cells and were told wrong most often.
-Stage 0's dense heads are taken up again beside that, so that letters, counts, values, ranks and colours can be read off
-every token, and its choice among names.
+96 of 150. Here a cell is to look like the sum of its letters, each counting `FAINTER` times the one before it. In all
+directions but those of letters such a token is to stay what it was, and every other token near it, unless a letter
+might as well be told there: then it is to be empty. Most pictures are of text, many of them pages of small words,
+since a chart's labels fill a dozen cells and were told wrong most often. Stage 0's dense heads are taken up again
+beside that, so that letters, counts, values, ranks and colours can be read off every token, and its choice among
+names.
 Only the tower's transformer layers, the connector and those heads learn; the language model takes no part. It knows
 nothing of conversations.
 """
@@ -28,7 +29,7 @@ from mllm_demo.models.bundled.weights import VISION_FILE
 from mllm_demo.training import art
 from mllm_demo.training.base import add_lesson_flags, build_model, read_heads, save_lesson
 from mllm_demo.training.chat import reader_of
-from mllm_demo.training.concepts import LETTER_SLOTS, CellTargets
+from mllm_demo.training.concepts import LETTER_SLOTS, CellTargets, settled
 from mllm_demo.training.lettering import CHARACTERS
 from mllm_demo.training.runs import Run, add_flags, begin, leave_processes, teach
 from mllm_demo.training.things import PAGE
@@ -36,10 +37,10 @@ from mllm_demo.training.tower import DENSE, cells_held_out, cells_to_learn, dens
 
 FAINTER = 0.8
 ALONE = 1.9  # how much a cell's only letter counts: what the stages before and after make of it
-MIX = {PAGE: 0.2, "text": 0.2, "chart": 0.28, "same": 0.12, "single": 0.08, "shapes": 0.06, "objects": 0.06}
+MIX = {PAGE: 0.24, "text": 0.26, "chart": 0.26, "same": 0.08, "single": 0.06, "shapes": 0.05, "objects": 0.05}
 SHARPNESS = 20.0  # of the choice among letters by cosine
-# Letters twice what they weigh beside the language model: they are what this is for.
-WEIGHTS = {"kept": 0.5, "shown": 1.0, "told": 0.2} | DENSE | {"letters": 0.5}
+# Letters four times what they weigh beside the language model: they are what this is for.
+WEIGHTS = {"kept": 0.5, "shown": 1.0, "told": 0.2} | DENSE | {"letters": 1.0}
 
 
 class Letters:
@@ -61,17 +62,19 @@ class Letters:
         """`former` tokens `[cells, width]`, in the directions of letters nothing but `shares` `[cells, letters]`."""
         return former - former @ self.directions @ self.directions.T + shares @ self.table
 
-    def losses(self, tokens: torch.Tensor, former: torch.Tensor, letters: torch.Tensor) -> dict[str, torch.Tensor]:
+    def losses(
+        self, tokens: torch.Tensor, former: torch.Tensor, letters: torch.Tensor, near: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
         """`tokens`, `former` `[cells, width]`, `letters` `[cells, LETTER_SLOTS]`: mean squared errors, in units of the
-        embeddings' variance, of tokens to be kept and of those that show letters, and how far the former are from
-        telling which."""
+        embeddings' variance, of tokens to be kept (all but `near` letters, bool `[cells]`) and of those that show
+        letters, and how far the latter are from telling which."""
         lettered = (letters > 0).any(-1)
         shares = self.shares(letters[lettered])
         off = (tokens[lettered] - self.wanted(former[lettered], shares)).square().sum()
         choice = functional.log_softmax(SHARPNESS * functional.normalize(tokens[lettered], dim=-1) @ self.unit.T, -1)
         size = self.table.var() * tokens.shape[-1] * lettered.sum().clamp(min=1)
         told = -(choice * shares / shares.sum(-1, keepdim=True)).sum() / lettered.sum().clamp(min=1)
-        kept = (tokens[~lettered] - former[~lettered]).square().mean() / self.table.var()
+        kept = (tokens[~near] - former[~near]).square().mean() / self.table.var()
         return {"kept": kept, "shown": off / size, "told": told}
 
     def read(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -85,7 +88,7 @@ def accuracy(letters: Letters, batches: list[tuple[torch.Tensor, CellTargets]]) 
     most; both of two different ones shown most; in their order."""
     hits: dict[str, list[torch.Tensor]] = {"single": [], "both": [], "in order": []}
     for tokens, target in batches:
-        tokens, held = tokens.flatten(0, 1), target.letters.flatten(0, 1).to(tokens.device)
+        tokens, held = tokens.flatten(0, 1), target.letters.flatten(0, 1)
         count, shown = (held > 0).sum(-1), letters.read(tokens)
         first, second = held[:, 0] - 1, held[:, 1] - 1
         pair = (count == 2) & (first != second)
@@ -140,7 +143,8 @@ def main() -> None:
 
     @torch.no_grad()
     def measured() -> dict[str, float]:
-        seen = [(see(pixels)[0], target) for pixels, target in held_out]
+        seen = [(see(pixels)[0], target.map(lambda array: array.to(device))) for pixels, target in held_out]
+        seen = [(tokens, settled(target, heads.letters(tokens))) for tokens, target in seen]
         told = dense_accuracy(lambda tokens: tokens, heads, seen, device)
         shown = ("things", "several", "labels", "pairs", *DENSE)
         return accuracy(letters, seen) | {name: told[name] for name in shown if name in told}
@@ -148,7 +152,9 @@ def main() -> None:
     def losses_of(pixels: torch.Tensor, target: CellTargets) -> dict[str, torch.Tensor]:
         target = target.map(lambda array: array.to(device))
         tokens, as_were = see(pixels)
-        losses = letters.losses(*(cells.flatten(0, 1) for cells in (tokens, as_were, target.letters)))
+        target = settled(target, heads.letters(tokens.detach()))
+        cells = (tokens, as_were, target.letters, target.near_letters)
+        losses = letters.losses(*(part.flatten(0, 1) for part in cells))
         dense = heads(tokens, target)
         return losses | {name: dense[name] for name in DENSE}
 

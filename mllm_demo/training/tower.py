@@ -35,6 +35,7 @@ from mllm_demo.training.concepts import (
     box_digits,
     cell_targets,
     concept_embeddings,
+    settled,
 )
 from mllm_demo.training.lettering import CHARACTERS
 from mllm_demo.training.runs import Run, add_flags, begin, leave_processes, teach
@@ -105,9 +106,15 @@ class DenseHeads(nn.Module):
         logits = self.digits(functional.layer_norm(tokens, tokens.shape[-1:]))
         return logits.unflatten(-1, (4, -1)).split(DIGITS, dim=-1)
 
+    def letters(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens `[B, cells, width]` → logits of letters `[B, cells, LETTER_SLOTS, 1 + letters]`."""
+        return self.predictions(tokens)[1].unflatten(-1, (LETTER_SLOTS, -1))
+
     def forward(self, tokens: torch.Tensor, target: CellTargets) -> dict[str, torch.Tensor]:
         tokens = tokens.float()
         covered, letters, boxes, values, colours, counts, ranks = self.predictions(tokens)
+        letters, labelled = letters.unflatten(-1, (LETTER_SLOTS, -1)), target.labelled
+        target = settled(target, letters)
 
         def cross_entropy(logits, wanted, weights=None):
             if not (wanted != UNKNOWN).any():
@@ -119,7 +126,7 @@ class DenseHeads(nn.Module):
             each = functional.cross_entropy(
                 logits.flatten(0, -2), wanted.flatten(), ignore_index=UNKNOWN, reduction="none"
             ).view_as(wanted)
-            shares = (1 + (LABELLED - 1) * target.labelled[..., None]) * (wanted != UNKNOWN)
+            shares = (1 + (LABELLED - 1) * labelled[..., None]) * (wanted != UNKNOWN)
             return (each * shares).sum() / shares.sum().clamp(min=1)
 
         known = target.centred > 0
@@ -131,8 +138,7 @@ class DenseHeads(nn.Module):
             "covered": cross_entropy(covered, target.covered, self.weights),
             "aligned": 2 * cross_entropy(self.similarity(tokens), target.centred, self.weights),
             "distance": 0.1 * (tokens[known] - wanted).square().mean() / self.table.var(),
-            "letters": 2
-            * cross_entropy(letters.unflatten(-1, (LETTER_SLOTS, -1)), target.letters, self.letter_weights),
+            "letters": 2 * cross_entropy(letters, target.letters, self.letter_weights),
             "boxes": 10 * (boxes.sigmoid()[boxed] - target.boxes[boxed]).abs().mean(),
             "tens": cross_entropy(tens, digits[..., 0]),
             "units": 0.3 * cross_entropy(units, digits[..., 1]),
@@ -162,9 +168,11 @@ def dense_accuracy(see, heads: DenseHeads, loader: DataLoader, device: torch.dev
         target = target.map(lambda array: array.to(device))
         tokens = see(pixels).float()
         _, letters, boxes, values, colours, counts, ranks = heads.predictions(tokens)
+        letters, labelled = letters.unflatten(-1, (LETTER_SLOTS, -1)), target.labelled
+        target = settled(target, letters)
         named = heads.similarity(tokens).argmax(-1) == target.centred
         boxed = ~target.boxes.isnan().any(-1)
-        read = letters.unflatten(-1, (LETTER_SLOTS, -1)).argmax(-1) == target.letters
+        read = letters.argmax(-1) == target.letters
         near = (values.argmax(-1) - target.values).abs() <= 0.05 * (VALUE_BINS - 1)
         counted = counts.argmax(-1) == target.counts
         first, second = boxes.sigmoid()[boxed], target.boxes[boxed]
@@ -184,7 +192,7 @@ def dense_accuracy(see, heads: DenseHeads, loader: DataLoader, device: torch.dev
             "counts": counted[target.counts != UNKNOWN],
             "several": counted[target.counts > 0],
             "ranks": ranked[target.ranks != UNKNOWN],
-            "labels": ranked.all(-1)[target.labelled],
+            "labels": ranked.all(-1)[labelled],
         }.items():
             hits.setdefault(name, []).append(right.flatten())
     return {name: round(torch.cat(parts).float().mean().item(), 4) for name, parts in hits.items()}

@@ -41,17 +41,26 @@ def test_what_is_wanted_differs_from_what_was_in_the_directions_of_letters_alone
 def test_a_cell_of_letters_is_changed_and_one_without_is_kept(shown):
     letters, former = made(), torch.randn(2, WIDTH)
     cells = torch.cat((held(), held(*shown)))
-    same = letters.losses(former, former, cells)
+    near = (cells > 0).any(-1)
+    same = letters.losses(former, former, cells, near)
     assert same["kept"] == 0 and same["shown"] > 0.1
     wanted = torch.cat((former[:1], letters.wanted(former[1:], letters.shares(cells[1:]))))
-    there = letters.losses(wanted, former, cells)
+    there = letters.losses(wanted, former, cells, near)
     assert there["kept"] == 0 and there["shown"] < 1e-6 and there["told"] < same["told"]
 
 
 def test_pictures_without_letters_are_no_reason_to_fail():
     letters, former = made(), torch.randn(3, WIDTH)
-    losses = letters.losses(former + 0.1, former, held().repeat(3, 1))
+    near = torch.zeros(3, dtype=torch.bool)
+    losses = letters.losses(former + 0.1, former, held().repeat(3, 1), near)
     assert losses["kept"] > 0 and losses["shown"] == 0 and losses["told"] == 0
+
+
+def test_an_empty_cell_that_might_hold_a_letter_need_not_stay_what_it_was():
+    letters, former = made(), torch.randn(2, WIDTH)
+    changed = former + torch.tensor([[1.0], [0.0]])
+    assert letters.losses(changed, former, held().repeat(2, 1), torch.tensor([True, False]))["kept"] == 0
+    assert letters.losses(changed, former, held().repeat(2, 1), torch.tensor([False, True]))["kept"] > 0.1
 
 
 def test_both_letters_are_read_from_what_is_wanted():
