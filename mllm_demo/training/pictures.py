@@ -47,6 +47,7 @@ TITLES = {
     "print-4": "III, on from 0.12 and letters alone",
     "asked-4": "III, words by their boxes, values told",
     "opened-4": "III, on from there to 0.13",
+    "settled-4": "III, on from 0.13, letters in one cell each",
     "stage2-1": "II, single LoRA",
     "stage3-1": "III, single LoRA",
 }

