@@ -10,6 +10,7 @@ worth in a chart; at a plural, how many there are. It knows nothing of tokens.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import nn
@@ -103,13 +104,14 @@ def marks(text: str, found: dict[str, Place], last: Place | None = None) -> tupl
 
 
 def spelled(scene: Scene, text: str) -> list[Place]:
-    """Where the characters of `text` stand in the scene, one for each; nowhere where it is not written."""
+    """Where the characters of `text` stand in the scene, one for each; nowhere where it is not written. A space stands
+    where the next word begins: whether one is to come is told by how far away that is."""
     letters = scene.of_kind("letter")
     start = "".join(letter.name for letter in letters).find(text.replace(" ", "").lower())
     if start < 0:
         return [NOWHERE] * len(text)
-    rest = iter(letters[start:])
-    return [NOWHERE if char == " " else place_of(scene, next(rest).box) for char in text]
+    at = accumulate((char != " " for char in text), initial=start)
+    return [place_of(scene, letters[index].box) for index, _ in zip(at, text, strict=False)]
 
 
 class PlaceHead(nn.Module):
