@@ -44,8 +44,9 @@ class CellTargets(NamedTuple):
     centred, covered: int64 `[cells]` concept; letters: int64 `[cells, LETTER_SLOTS]` 0 none, else 1 + index into
     `CHARACTERS`; boxes: float32 `[cells, 4]` (x0, y0, x1, y1) as shares of the picture; values, colours, counts: int64
     `[cells]`, counts from 0 for one; ranks: int64 `[cells, 2]` from the largest and from the smallest value; written:
-    int64 `[cells * LETTER_SLOTS, 6]` every letter in reading order, as in `letters`, with its line, the row of cells
-    that holds its centre and another that may, and the column and another; zeros after the last.
+    int64 `[cells * LETTER_SLOTS, 6]` every letter (no more than there are slots) in reading order, as in `letters`,
+    with its line, the row of cells that holds its centre and another that may, and the column and another; zeros after
+    the last.
     """
 
     centred: np.ndarray
@@ -111,10 +112,8 @@ def letters_of(scene: Scene) -> list[Thing]:
 
 def written_in(scene: Scene, side: int) -> np.ndarray:
     """`CellTargets.written` of a scene."""
-    letters, cell = letters_of(scene), scene.image.shape[0] / side
-    written = np.zeros((side * side * LETTER_SLOTS, 6), np.int64)
-    if len(letters) > len(written):
-        raise ValueError(f"{len(letters)} letters are more than {side * side} cells tell; write fewer on a picture.")
+    written, cell = np.zeros((side * side * LETTER_SLOTS, 6), np.int64), scene.image.shape[0] / side
+    letters = letters_of(scene)[: len(written)]
     if not letters:
         return written
     names = np.array([1 + CHARACTERS.index(letter.name) for letter in letters])
