@@ -73,9 +73,9 @@ class CellTargets(NamedTuple):
         """bool `[B, cells]` of a batch: where a letter is or, being near a border, might be."""
         name, _, *places = self.written.unbind(-1)
         near, side = torch.zeros_like(self.covered, dtype=torch.bool), int(self.covered.shape[1] ** 0.5)
+        batch, which = (name > 0).nonzero(as_tuple=True)
         for row in places[:2]:
             for column in places[2:]:
-                batch, which = (name > 0).nonzero(as_tuple=True)
                 near[batch, (row * side + column)[batch, which]] = True
         return near
 
