@@ -31,7 +31,8 @@ QUOTE = '"'
 BOX = "["  # where a box begins
 TENS_WEIGHT, UNITS_WEIGHT = 4.0, 0.25
 FIRST_WEIGHT = 3.0  # of the first character that is spelled: it tells which text is meant, and the others follow
-# Of a space that is spelled, and of a character that is said again: there a text goes on that might as well be over.
+# Of a space that is spelled, of the end of a text with spaces, and of a character that is said again: only there is it
+# asked whether a text goes on. Where the end weighed no more, texts of several words were begun anew at their end.
 AGAIN_WEIGHT = 3.0
 VERDICT, VERDICT_WEIGHT = ", so", 6.0  # what an answer concludes after this is one token, and all that was asked
 # How often each kind of picture is talked about.
@@ -132,8 +133,10 @@ class Encoder:
         if answer.count(QUOTE) > 1:
             first = len(self._ids(answer[: answer.index(QUOTE) + 1]))
             weights[first] *= FIRST_WEIGHT
-            for index, (before, char) in enumerate(pairwise(answer.split(QUOTE)[1]), start=first + 1):
-                weights[index] *= AGAIN_WEIGHT if char in (" ", before) else 1.0
+            text = answer.split(QUOTE)[1]
+            asked = [first + index for index, (before, char) in enumerate(pairwise(text), 1) if char in (" ", before)]
+            for index in asked + [first + len(text)] * (" " in text):
+                weights[index] *= AGAIN_WEIGHT
         if VERDICT in answer:
             first = len(self._ids(answer[: answer.index(VERDICT) + len(VERDICT)]))
             for index in range(first, len(self._ids(answer.removesuffix(".")))):

@@ -86,15 +86,15 @@ def test_an_answer_weighs_as_the_root_of_its_length(encoder):
         assert torch.allclose(weights, weights[0]) and weights.sum() == pytest.approx(len(weights) ** 0.5)
 
 
-def test_of_what_is_spelled_the_first_character_weighs_more_and_a_space_and_one_that_is_said_again(encoder):
+def test_of_what_is_spelled_the_first_character_weighs_more_and_whatever_tells_that_it_goes_on_or_ends(encoder):
     sample = encoder.encode(TURNS, None)
     kept = sample.labels != IGNORED
     tokens = encoder.tokenizer.convert_ids_to_tokens(sample.labels[kept])
     weights = sample.weights[kept] / sample.weights[kept][0]
     answer = tokens.index("<|im_end|>")
     heavy = {i: weights[i].item() for i in range(answer) if weights[i] > 1}
-    assert [tokens[i] for i in heavy] == ["o", "Ġ", "e"] and tokens[max(heavy) - 1] == "e"
-    assert [*heavy.values()] == pytest.approx([FIRST_WEIGHT, AGAIN_WEIGHT, AGAIN_WEIGHT])
+    assert [tokens[i] for i in heavy] == ["o", "Ġ", "e", '".'] and tokens[tokens.index('".') - 2] == "e"
+    assert [*heavy.values()] == pytest.approx([FIRST_WEIGHT, *[AGAIN_WEIGHT] * 3])
 
 
 def test_what_a_comparison_concludes_weighs_most(encoder):
