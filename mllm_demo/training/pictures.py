@@ -48,6 +48,7 @@ TITLES = {
     "asked-4": "III, words by their boxes, values told",
     "opened-4": "III, on from there to 0.13",
     "settled-4": "III, on from 0.13, letters in one cell each",
+    "spelled-4": "III, the same again, spaces weighing more",
     "stage2-1": "II, single LoRA",
     "stage3-1": "III, single LoRA",
 }

@@ -1,0 +1,102 @@
+"""Keeps what training made of a model as a small file beside it: the differences of their weights, in NF4.
+
+    python -m mllm_demo.training.onward --keep assets/training/onward.safetensors --end runs/more
+    python -m mllm_demo.training.onward --go assets/training/onward.safetensors --share 0.65 --to runs/onward
+
+A run that is not shipped yet is not lost with its machine: differences are small beside the weights, so that four bits
+tell them well enough to go on from (a quarter of the size), and any share of the way can be taken again. Both models
+have the layout of assets/bundled. It knows nothing of what the weights are for.
+"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from bitsandbytes.functional import QuantState, dequantize_4bit, get_4bit_type, quantize_4bit
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from mllm_demo.cli import run
+from mllm_demo.errors import DataError
+from mllm_demo.models.bundled.weights import ADAPTER, ASSETS, VISION_FILE
+from mllm_demo.training.base import HEADS_FILE
+
+FILES = (VISION_FILE.name, HEADS_FILE, f"{ADAPTER.name}/adapter_model.safetensors")
+BLOCK = 64  # weights that share a scale
+EXACT = 4096  # tensors with no more numbers than this are kept in float16
+PACKED, SCALES = ".nf4", ".scales"
+
+
+def _weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(folder / name)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{folder / name} cannot be read; name a folder that --export wrote.") from error
+
+
+def keep(start: Path, end: Path, file: Path) -> None:
+    """Writes into `file` how the weights of `end` differ from those of `start`; raises `DataError` where the two are
+    not models of one shape."""
+    state: dict[str, torch.Tensor] = {}
+    for name in FILES:
+        first, last = _weights(start, name), _weights(end, name)
+        if {key: value.shape for key, value in first.items()} != {key: value.shape for key, value in last.items()}:
+            raise DataError(f"{end / name} has other weights than {start / name}; name the model that it began with.")
+        for key, value in last.items():
+            difference = value.float() - first[key].float()
+            if not difference.any():
+                continue
+            if difference.numel() <= EXACT:
+                state[f"{name}:{key}"] = difference.half()
+            else:
+                # As one row: rows of, say, 80 bitsandbytes 0.50 unpacks with other blocks' scales on a CPU.
+                packed, scales = quantize_4bit(difference.flatten(), quant_type="nf4", blocksize=BLOCK)
+                state |= {f"{name}:{key}{PACKED}": packed, f"{name}:{key}{SCALES}": scales.absmax}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(state, file, metadata={"format": "pt"})
+
+
+def go(start: Path, file: Path, share: float, to: Path) -> None:
+    """Writes the model at `share` (1: all) of the way from `start` to what `file` keeps into the folder `to`."""
+    state = _weights(file.parent, file.name)
+    shutil.copytree(start, to, dirs_exist_ok=True)
+    for name in FILES:
+        weights = _weights(start, name)
+        for key, value in weights.items():
+            kept = f"{name}:{key}"
+            if kept in state:
+                difference = state[kept].float()
+            elif kept + PACKED in state:
+                scales = QuantState(
+                    state[kept + SCALES], (value.numel(),), get_4bit_type("nf4", "cpu"), BLOCK, "nf4", torch.float32
+                )
+                difference = dequantize_4bit(state[kept + PACKED], scales).view(value.shape)
+            else:
+                continue
+            weights[key] = (value.float() + share * difference).to(value.dtype)
+        save_file(weights, to / name, metadata={"format": "pt"})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--keep", type=Path, help="write this file")
+    what.add_argument("--go", type=Path, help="go the way that this file keeps")
+    parser.add_argument("--start", type=Path, default=ASSETS, help="the model that training began with")
+    parser.add_argument("--end", type=Path, help="of --keep: where it arrived")
+    parser.add_argument("--share", type=float, default=1.0, help="of --go: how far, 1 is all of the way")
+    parser.add_argument("--to", type=Path, help="of --go: the folder to write")
+    options = parser.parse_args()
+    if not (options.end if options.keep else options.to):
+        parser.error("--keep needs --end, the model to keep; --go needs --to, the folder to write.")
+    if options.keep:
+        keep(options.start, options.end, options.keep)
+        print(f"kept in {options.keep}: {options.keep.stat().st_size / 1e6:.1f} MB")
+    else:
+        go(options.start, options.go, options.share, options.to)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
