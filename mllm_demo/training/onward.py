@@ -96,6 +96,7 @@ def main() -> None:
         print(f"kept in {options.keep}: {options.keep.stat().st_size / 1e6:.1f} MB")
     else:
         go(options.start, options.go, options.share, options.to)
+        print(f"{options.to} is {options.share:g} of the way from {options.start}")
 
 
 if __name__ == "__main__":
