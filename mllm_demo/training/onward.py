@@ -33,7 +33,7 @@ def _weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
     try:
         return load_file(folder / name)
     except (OSError, SafetensorError) as error:
-        raise DataError(f"{folder / name} cannot be read; name a folder that --export wrote.") from error
+        raise DataError(f"{folder / name} cannot be read; name what --export or --keep wrote.") from error
 
 
 def keep(start: Path, end: Path, file: Path) -> None:
@@ -59,11 +59,15 @@ def keep(start: Path, end: Path, file: Path) -> None:
 
 
 def go(start: Path, file: Path, share: float, to: Path) -> None:
-    """Writes the model at `share` (1: all) of the way from `start` to what `file` keeps into the folder `to`."""
+    """Writes the model at `share` (1: all) of the way from `start` to what `file` keeps into the folder `to`; raises
+    `DataError` where `file` tells of other weights. Of a model of the same shapes it cannot know that it is another."""
     state = _weights(file.parent, file.name)
+    models = {name: _weights(start, name) for name in FILES}
+    known = {f"{name}:{key}" for name, weights in models.items() for key in weights}
+    if not {kept.removesuffix(PACKED).removesuffix(SCALES) for kept in state} <= known:
+        raise DataError(f"{file} tells of weights that {start} has not; name the model that it was kept from.")
     shutil.copytree(start, to, dirs_exist_ok=True)
-    for name in FILES:
-        weights = _weights(start, name)
+    for name, weights in models.items():
         for key, value in weights.items():
             kept = f"{name}:{key}"
             if kept in state:

@@ -59,6 +59,9 @@ def test_models_of_other_shapes_and_files_that_are_none_are_told_in_a_sentence(w
         keep(start, other, tmp_path / "none.safetensors")
     with pytest.raises(DataError, match="--export"):
         keep(start, tmp_path / "nowhere", tmp_path / "none.safetensors")
+    with pytest.raises(DataError, match="kept from"):
+        go(other, file, 1.0, tmp_path / "to")
+    assert not (tmp_path / "to").exists()
     file.write_bytes(b"no weights")
     with pytest.raises(DataError, match="cannot be read"):
         go(start, file, 1.0, tmp_path / "to")
