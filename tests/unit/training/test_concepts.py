@@ -95,7 +95,7 @@ def test_letters_are_told_near_where_they_are_or_might_be():
 @pytest.mark.parametrize("kind", ["text", "chart", PAGE])
 def test_a_reader_that_tells_all_moves_nothing_and_no_letter_is_lost_but_where_there_are_too_many(art, kind):
     compared = 0
-    for index in range(24):
+    for index in range(96):
         scene = render(art, TRAIN, 5, index, kind=kind)
         target = CellTargets(*(torch.from_numpy(array)[None] for array in cell_targets(scene, 12)))
         torch.manual_seed(index)
@@ -107,4 +107,4 @@ def test_a_reader_that_tells_all_moves_nothing_and_no_letter_is_lost_but_where_t
         before, after = (sorted(held.letters[held.letters > 0].tolist()) for held in (target, moved))
         assert before == after
         compared += 1
-    assert compared
+    assert compared >= 2
