@@ -134,9 +134,10 @@ class Encoder:
             first = len(self._ids(answer[: answer.index(QUOTE) + 1]))
             weights[first] *= FIRST_WEIGHT
             text = answer.split(QUOTE)[1]
-            asked = [first + index for index, (before, char) in enumerate(pairwise(text), 1) if char in (" ", before)]
-            for index in asked + [first + len(text)] * (" " in text):
-                weights[index] *= AGAIN_WEIGHT
+            for index, (before, char) in enumerate(pairwise(text), start=first + 1):
+                weights[index] *= AGAIN_WEIGHT if char in (" ", before) else 1.0
+            if " " in text:
+                weights[first + len(text)] *= AGAIN_WEIGHT
         if VERDICT in answer:
             first = len(self._ids(answer[: answer.index(VERDICT) + len(VERDICT)]))
             for index in range(first, len(self._ids(answer.removesuffix(".")))):

@@ -36,6 +36,19 @@ def _weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
         raise DataError(f"{folder / name} cannot be read; name what --export or --keep wrote.") from error
 
 
+def _packed(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Floats in NF4: uint8 `[values / 2, 1]` and the scale of every block. As one row, whatever their shape: rows of,
+    say, 80 bitsandbytes 0.50 unpacks with other blocks' scales on a CPU."""
+    packed, state = quantize_4bit(values.flatten(), quant_type="nf4", blocksize=BLOCK)
+    return packed, state.absmax
+
+
+def _unpacked(packed: torch.Tensor, scales: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """The values of `shape` that `_packed` made these of."""
+    state = QuantState(scales, (shape.numel(),), get_4bit_type("nf4", packed.device), BLOCK, "nf4", torch.float32)
+    return dequantize_4bit(packed, state).view(shape)
+
+
 def keep(start: Path, end: Path, file: Path) -> None:
     """Writes into `file` how the weights of `end` differ from those of `start`; raises `DataError` where the two are
     not models of one shape."""
@@ -48,12 +61,11 @@ def keep(start: Path, end: Path, file: Path) -> None:
             difference = value.float() - first[key].float()
             if not difference.any():
                 continue
+            kept = f"{name}:{key}"
             if difference.numel() <= EXACT:
-                state[f"{name}:{key}"] = difference.half()
+                state[kept] = difference.half()
             else:
-                # As one row: rows of, say, 80 bitsandbytes 0.50 unpacks with other blocks' scales on a CPU.
-                packed, scales = quantize_4bit(difference.flatten(), quant_type="nf4", blocksize=BLOCK)
-                state |= {f"{name}:{key}{PACKED}": packed, f"{name}:{key}{SCALES}": scales.absmax}
+                state[kept + PACKED], state[kept + SCALES] = _packed(difference)
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file(state, file, metadata={"format": "pt"})
 
@@ -73,10 +85,7 @@ def go(start: Path, file: Path, share: float, to: Path) -> None:
             if kept in state:
                 difference = state[kept].float()
             elif kept + PACKED in state:
-                scales = QuantState(
-                    state[kept + SCALES], (value.numel(),), get_4bit_type("nf4", "cpu"), BLOCK, "nf4", torch.float32
-                )
-                difference = dequantize_4bit(state[kept + PACKED], scales).view(value.shape)
+                difference = _unpacked(state[kept + PACKED], state[kept + SCALES], value.shape)
             else:
                 continue
             weights[key] = (value.float() + share * difference).to(value.dtype)
