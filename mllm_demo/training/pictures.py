@@ -49,6 +49,7 @@ TITLES = {
     "opened-4": "III, on from there to 0.13",
     "settled-4": "III, on from 0.13, letters in one cell each",
     "spelled-4": "III, the same again, spaces weighing more",
+    "common-4": "III, on from there, common words",
     "stage2-1": "II, single LoRA",
     "stage3-1": "III, single LoRA",
 }
