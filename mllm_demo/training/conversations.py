@@ -32,7 +32,7 @@ BOX = "["  # where a box begins
 TENS_WEIGHT, UNITS_WEIGHT = 4.0, 0.25
 FIRST_WEIGHT = 3.0  # of the first character that is spelled: it tells which text is meant, and the others follow
 # Of a space that is spelled, of the end of a text with spaces, and of a character that is said again: only there is it
-# asked whether a text goes on. Where the end weighed no more, texts of several words were begun anew at their end.
+# asked whether a text goes on. The end's weight did not change how many texts are begun anew when they are over.
 AGAIN_WEIGHT = 3.0
 VERDICT, VERDICT_WEIGHT = ", so", 6.0  # what an answer concludes after this is one token, and all that was asked
 # How often each kind of picture is talked about.

@@ -1,7 +1,7 @@
 """Keeps what training made of a model as a small file beside it: the differences of their weights, in NF4.
 
     python -m mllm_demo.training.onward --keep assets/training/onward.safetensors --end runs/more
-    python -m mllm_demo.training.onward --go assets/training/onward.safetensors --share 0.65 --to runs/onward
+    python -m mllm_demo.training.onward --go assets/training/onward.safetensors --to runs/onward   # --share 0.5
 
 A run that is not shipped yet is not lost with its machine: differences are small beside the weights, so that four bits
 tell them well enough to go on from (a quarter of the size), and any share of the way can be taken again. Both models
