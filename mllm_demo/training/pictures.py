@@ -50,6 +50,7 @@ TITLES = {
     "settled-4": "III, on from 0.13, letters in one cell each",
     "spelled-4": "III, the same again, spaces weighing more",
     "common-4": "III, on from there, common words",
+    "branch-4": "III, on from the branch taught further",
     "stage2-1": "II, single LoRA",
     "stage3-1": "III, single LoRA",
 }
