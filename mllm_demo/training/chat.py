@@ -179,7 +179,7 @@ def hidden_states(
     model: PeftModel, batch: dict[str, torch.Tensor], tokens: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What the language model's last layer, and its layer `PLACED`, say of every position, `[B, T, hidden]` each;
-    `tokens`: what `see` says of the batch's pictures, if it has any."""
+    `tokens`: what `see` says of the batch's pictures, or of as many cells as it has image tokens, if it has any."""
     embeds = model.get_input_embeddings()(batch["input_ids"])
     if tokens is not None:
         where = (batch["input_ids"] == model.config.image_token_id)[..., None]
@@ -192,7 +192,10 @@ def hidden_states(
     # because a slice would make the head copy its weights for every sequence.
     first = torch.zeros(1, dtype=torch.long, device=embeds.device)
     with last, middle:
-        model(inputs_embeds=embeds, attention_mask=batch["attention_mask"], logits_to_keep=first, use_cache=False)
+        model(
+            inputs_embeds=embeds, attention_mask=batch["attention_mask"], position_ids=batch.get("position_ids"),
+            logits_to_keep=first, use_cache=False,
+        )  # fmt: skip
     return seen["last"], seen["middle"]
 
 

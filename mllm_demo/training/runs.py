@@ -243,8 +243,10 @@ def teach(
     warmup: int,
     clip: float,
     weights: Mapping[str, float] | None = None,
+    masters: Masters | None = None,
 ) -> None:
-    """The rest of a run: a step a batch, on the sum of `losses_of(*batch)`, each times its weight, if any.
+    """The rest of a run: a step a batch, on the sum of `losses_of(*batch)`, each times its weight, if any; `masters`:
+    what `optimizer` steps for a model in a narrower dtype.
 
     Every `options.every` steps and at the end the first process logs `held_out()` and a checkpoint is written.
     """
@@ -254,10 +256,14 @@ def teach(
             group["lr"] = options.lr * cosine(run.step, run.steps, warmup)
         losses = losses_of(*batch)
         sum(loss * (weights[name] if weights else 1) for name, loss in losses.items()).backward()
+        if masters:
+            masters.take_gradients()
         average_gradients(learning)
         nn.utils.clip_grad_norm_(learning, clip)
         optimizer.step()
         optimizer.zero_grad()
+        if masters:
+            masters.give_back()
         run.advance(dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True)))
         if run.step % options.every == 0 or run.step == run.steps:
             if run.rank == 0:

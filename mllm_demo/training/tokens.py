@@ -77,6 +77,14 @@ class Letters:
         kept = (tokens[~near] - former[~near]).square().mean() / self.table.var()
         return {"kept": kept, "shown": off / size, "told": told}
 
+    def perfect(self, tokens: torch.Tensor, target: CellTargets, told: torch.Tensor) -> torch.Tensor:
+        """`tokens` `[B, cells, width]` with the letters of `target` where there are any or, `told` differently, might
+        be; `told`: logits of letters as `settled` takes them."""
+        target = settled(target, told)
+        former, letters = tokens.flatten(0, 1), target.letters.flatten(0, 1)
+        near = (letters > 0).any(-1) | target.near_letters.flatten()
+        return torch.where(near[:, None], self.wanted(former, self.shares(letters)), former).view(tokens.shape)
+
     def read(self, tokens: torch.Tensor) -> torch.Tensor:
         """The two letters that tokens show most, int64 `[cells, 2]`, counted as `CHARACTERS`."""
         return (functional.normalize(tokens, dim=-1) @ self.unit.T).topk(2, -1).indices

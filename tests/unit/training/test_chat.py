@@ -49,8 +49,10 @@ class Tiny(nn.Module):
     def prepare_inputs_for_generation(self):
         """PEFT asks for it."""
 
-    def forward(self, inputs_embeds, attention_mask, **others):
-        return self.model.language_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask)
+    def forward(self, inputs_embeds, attention_mask, position_ids=None, **others):
+        return self.model.language_model(
+            inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids
+        )
 
 
 def sample(turns: list[int], talk: list[int]) -> Sample:
@@ -104,3 +106,16 @@ def test_the_lesson_of_the_middle_tells_of_places_as_the_whole_does_without_what
         lesson = chat.losses_of_middle(model, head, batch)
     assert lesson["extremes"] > 0 and len(layers) > 1
     assert all(torch.equal(value, whole[name]) for name, value in lesson.items())
+
+
+def test_positions_that_are_left_out_are_not_closed_up(monkeypatch):
+    monkeypatch.setattr(chat, "PLACED", 0)
+    model, ids = single_lora(Tiny()).eval(), torch.tensor([[3, 9, 4, 11, 7]])
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        plain, counted, apart = (
+            chat.hidden_states(model, batch | more, None)[0]
+            for more in ({}, {"position_ids": torch.arange(5)[None]}, {"position_ids": torch.tensor([[0, 1, 7, 8, 9]])})
+        )
+    assert torch.equal(plain, counted)
+    assert torch.allclose(plain[:, :2], apart[:, :2]) and (plain[:, 2:] - apart[:, 2:]).abs().max() > 1e-3

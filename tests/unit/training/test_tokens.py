@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mllm_demo.training.concepts import LETTER_SLOTS
+from mllm_demo.training.concepts import LETTER_SLOTS, UNKNOWN, CellTargets
 from mllm_demo.training.lettering import CHARACTERS
 from mllm_demo.training.tokens import ALONE, FAINTER, Letters
 
@@ -67,3 +67,18 @@ def test_both_letters_are_read_from_what_is_wanted():
     letters = made()
     shown = letters.read(letters.wanted(torch.zeros(1, WIDTH), letters.shares(held(B, A))))
     assert shown.tolist() == [[B - 1, A - 1]]
+
+
+def test_perfect_tokens_hold_the_letters_of_the_picture_and_are_what_they_were_elsewhere():
+    letters, tokens = made(), torch.randn(1, 4, WIDTH)
+    where = torch.cat((held(A, B), held(), held(B), held()))[None]
+    blank = torch.full((1, 4), UNKNOWN)
+    written = torch.zeros(1, 4 * LETTER_SLOTS, 6, dtype=torch.long)
+    written[0, :3] = torch.tensor([[A, 0, 0, 0, 0, 0], [B, 0, 0, 0, 0, 0], [B, 1, 1, 1, 0, 0]])
+    target = CellTargets(
+        centred=blank, covered=blank, letters=where, boxes=torch.full((1, 4, 4), torch.nan), values=blank,
+        colours=blank, counts=blank, ranks=blank[..., None].expand(1, 4, 2), written=written,
+    )  # fmt: skip
+    perfect = letters.perfect(tokens, target, torch.zeros(1, 4, LETTER_SLOTS, 1 + len(CHARACTERS)))[0]
+    assert torch.equal(perfect[[1, 3]], tokens[0, [1, 3]])
+    assert letters.read(perfect[[0]]).tolist() == [[A - 1, B - 1]] and letters.read(perfect[[2]])[0, 0] == B - 1
