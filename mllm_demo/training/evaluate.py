@@ -3,6 +3,7 @@
     python -m mllm_demo.training.evaluate --items 200                          # the shipped NF4 model
     python -m mllm_demo.training.evaluate --quantization none --no-blind       # the same experts on 16-bit weights
     python -m mllm_demo.training.evaluate --bundle runs/single --no-blind      # another model on the same items
+    python -m mllm_demo.training.evaluate --perfect --no-blind --tasks reading # how much the language model misreads
 
 Held out of training: drawings, fonts, words, the last phrasings of every question and every background (another random
 stream); with `--split unseen-style` the art style too. It knows nothing of how the model was trained.
@@ -11,6 +12,7 @@ stream); with `--split unseen-style` the art style too. It knows nothing of how 
 import argparse
 import json
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +21,12 @@ from PIL import Image
 from mllm_demo.models.loading import LoadedModel
 from mllm_demo.settings import QUANTIZATIONS
 from mllm_demo.training import art
+from mllm_demo.training.perfect import perfect_letters
 from mllm_demo.training.questions import TASKS, Question, ask
 from mllm_demo.training.replies import PICTURE, replies, turn
 from mllm_demo.training.scenes import SPLITS, render
 from mllm_demo.training.scoring import interval, is_right
+from mllm_demo.training.things import Scene
 from mllm_demo.training.trained import HELP, load_trained
 
 # The kinds of scene that let a task be asked.
@@ -45,8 +49,8 @@ PACKED = ("nf4", "fp4")
 GREY = 128
 
 
-def items(art_folder: Path, split: str, task: str, count: int, seed: int) -> list[tuple[np.ndarray, Question]]:
-    """`count` (picture uint8 `[H, W, 3]`, question) pairs, each about a picture of its own."""
+def items(art_folder: Path, split: str, task: str, count: int, seed: int) -> list[tuple[Scene, Question]]:
+    """`count` (scene, question) pairs, each about a picture of its own."""
     made, index, number = [], 0, TASKS.index(task)
     sprites = art.load(art_folder)
     while len(made) < count:
@@ -56,7 +60,7 @@ def items(art_folder: Path, split: str, task: str, count: int, seed: int) -> lis
         scene = render(sprites, SPLITS[split], seed, 1_000_000 * number + index, kind=kind, chart=chart)
         question = ask(rng, scene, task, held_out=True)
         if question is not None:
-            made.append((scene.image, question))
+            made.append((scene, question))
         index += 1
     return made
 
@@ -92,6 +96,7 @@ def main() -> None:
     parser.add_argument("--art", type=Path, default=Path("runs/art"))
     parser.add_argument("--out", type=Path, help="also write the figures to this JSON file")
     parser.add_argument("--no-blind", action="store_true", help="leave out the answers to a grey picture")
+    parser.add_argument("--perfect", action="store_true", help="put a picture's letters into its image tokens")
     parser.add_argument("--packed", action="store_true", help="multiply packed weights, as a chat does; slow")
     parser.add_argument("--show", type=int, default=0, help="print this many wrong answers per task")
     options = parser.parse_args()
@@ -100,19 +105,21 @@ def main() -> None:
         unpack(loaded)
     straighten(loaded)
     report = {"split": options.split, "quantization": options.quantization, "bundle": str(options.bundle or "")}
-    report |= {"seed": options.seed, "items": options.items}
+    report |= {"seed": options.seed, "items": options.items, "perfect": options.perfect}
     table = report["tasks"] = {}
     for task in options.tasks:
         began = time.monotonic()
         made = items(options.art, options.split, task, options.items, options.seed)
         prompts = [question.prompt for _, question in made]
-        said = answers(loaded, list(zip([picture for picture, _ in made], prompts, strict=True)))
+        scenes = [scene for scene, _ in made]
+        with perfect_letters(loaded, scenes, options.bundle) if options.perfect else nullcontext():
+            said = answers(loaded, [(scene.image, question.prompt) for scene, question in made])
         right = [is_right(question, reply) for (_, question), reply in zip(made, said, strict=True)]
         low, high = interval(sum(right), len(made))
         table[task] = {"right": round(sum(right) / len(made), 3), "low": low, "high": high, "items": len(made)}
         table[task]["hits"] = [int(ok) for ok in right]
         if not options.no_blind:
-            grey = np.full_like(made[0][0], GREY)
+            grey = np.full_like(scenes[0].image, GREY)
             guessed = answers(loaded, [(grey, prompt) for prompt in prompts])
             table[task]["blind"] = round(
                 sum(is_right(q, reply) for (_, q), reply in zip(made, guessed, strict=True)) / len(made), 3

@@ -35,8 +35,8 @@ def samples(loaded: LoadedModel, art: Path, split: str, count: int, seed: int) -
     encoder = Encoder(loaded.processor, loaded.model.config.vision_config.side**2)
     made, tasks = [], []
     for number, task in enumerate(TASKS):
-        for picture, question in items(art, split, task, count, seed):
-            pixels = loaded.processor.image_processor(picture, return_tensors="pt").pixel_values[0]
+        for scene, question in items(art, split, task, count, seed):
+            pixels = loaded.processor.image_processor(scene.image, return_tensors="pt").pixel_values[0]
             made.append(encoder.encode([(question.prompt, question.answer)], pixels))
             tasks.append(number)
     return made, np.array(tasks)
