@@ -51,6 +51,7 @@ TITLES = {
     "spelled-4": "III, the same again, spaces weighing more",
     "common-4": "III, on from there, common words",
     "branch-4": "III, on from the branch taught further",
+    "read-4": "III, on from a lesson of reading",
     "stage2-1": "II, single LoRA",
     "stage3-1": "III, single LoRA",
 }
