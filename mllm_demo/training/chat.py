@@ -215,6 +215,14 @@ def places_told(
     return place_head(middle[placed], batch["places"][placed])
 
 
+def missed(said: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Mean cross entropy of the logits `said` `[labels, vocab]` over the labels of `batch`, by their weights."""
+    answered = batch["labels"] != IGNORED
+    each = functional.cross_entropy(said, batch["labels"][answered], reduction="none")
+    weights = batch["weights"][answered]
+    return (each * weights).sum() / weights.sum()
+
+
 def losses_of_middle(
     model: PeftModel, place_head: PlaceHead, batch: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
@@ -249,9 +257,7 @@ def losses_of(
         losses["tokens"] = sum(weight * told[name] for name, weight in DENSE.items())
     answered = batch["labels"] != IGNORED
     if answered.any():
-        each = functional.cross_entropy(head(hidden[answered]).float(), batch["labels"][answered], reduction="none")
-        weights = batch["weights"][answered]
-        losses["answers"] = (each * weights).sum() / weights.sum()
+        losses["answers"] = missed(head(hidden[answered]).float(), batch)
     for name, (wanted, rows, columns) in kept.items():
         said = head(hidden[rows, columns]).float().log_softmax(-1)
         losses[name] = functional.kl_div(said, wanted, log_target=True, reduction="batchmean")

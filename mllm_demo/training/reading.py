@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from peft import PeftModel
-from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from mllm_demo.models.bundled.assembly import load_vision
@@ -31,7 +30,7 @@ from mllm_demo.models.bundled.weights import ADAPTER, VISION_FILE
 from mllm_demo.models.quantize import compute_dtype
 from mllm_demo.training import art, attention
 from mllm_demo.training.base import add_lesson_flags, build_model, read_heads
-from mllm_demo.training.chat import BALANCE, Rounding, export, hidden_states, narrow, parts_of, see
+from mllm_demo.training.chat import BALANCE, Rounding, export, hidden_states, missed, narrow, parts_of, see
 from mllm_demo.training.concepts import CellTargets, cell_targets
 from mllm_demo.training.conversations import IGNORED, Encoder, Sample, collate
 from mllm_demo.training.lettering import CHARACTERS
@@ -141,13 +140,6 @@ def said(model: PeftModel, letters: Letters, cell_heads, batch: dict[str, torch.
     return model.get_output_embeddings()(hidden[batch["labels"] != IGNORED]).float()
 
 
-def losses(logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Mean cross entropy over the tokens of answers, by their weights."""
-    answered = batch["labels"] != IGNORED
-    each, weights = functional.cross_entropy(logits, batch["labels"][answered], reduction="none"), batch["weights"]
-    return (each * weights[answered]).sum() / weights[answered].sum()
-
-
 def right(logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> list[bool]:
     """Of every answer in reading order, whether each of its tokens is the one that `logits` name."""
     labels = batch["labels"]
@@ -205,7 +197,6 @@ def main() -> None:
     held_out = of_batch("held-out", 1, 0 if rank else 8 * share, batch=share)
     tests = list(DataLoader(held_out, share, num_workers=options.workers, collate_fn=gather))
     rounding = Rounding(language_model)
-    parts_of(model).vision_tower.eval()
 
     def move(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: value.to(device) for name, value in batch.items()}
@@ -223,7 +214,7 @@ def main() -> None:
     def losses_of(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         rounding.use(run.step % 2 == 0)
         batch = move(batch)
-        found = {"answers": losses(said(model, letters, cell_heads, batch), batch)}
+        found = {"answers": missed(said(model, letters, cell_heads, batch), batch)}
         return found | {"balance": model.base_model.router_aux_loss()}
 
     model.train()

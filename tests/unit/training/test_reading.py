@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from mllm_demo.training import reading
+from mllm_demo.training.chat import missed
 from mllm_demo.training.conversations import IGNORED, Encoder, Sample
 from mllm_demo.training.placing import NOWHERE
-from mllm_demo.training.reading import Readings, asked, between, cut, losses, right, together
+from mllm_demo.training.reading import Readings, asked, between, cut, right, together
 from mllm_demo.training.scenes import SPLITS, render
 from mllm_demo.training.things import PAGE
 from tests.unit.training.test_conversations import Processor
@@ -48,7 +49,7 @@ def test_an_answer_is_right_when_all_its_tokens_are():
     batch = batch_of([[IGNORED, 4, 5, IGNORED, 6], [3, IGNORED, 2, 2, IGNORED]])
     assert right(said([4, 5, 6, 3, 2, 2]), batch) == [True, True, True, True]
     assert right(said([4, 1, 6, 3, 2, 1]), batch) == [False, True, True, False]
-    assert losses(said([4, 5, 6, 3, 2, 2]), batch) < 1e-6 < 1 < losses(said([4, 1, 6, 3, 2, 1]), batch)
+    assert missed(said([4, 5, 6, 3, 2, 2]), batch) < 1e-6 < 1 < missed(said([4, 1, 6, 3, 2, 1]), batch)
 
 
 def test_of_a_page_only_lines_within_the_band_are_asked_for(art):
