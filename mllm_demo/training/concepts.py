@@ -81,7 +81,7 @@ class CellTargets(NamedTuple):
 
 
 def concept_of(thing: Thing) -> int:
-    if thing.kind == "letter":
+    if thing.kind in ("letter", "space"):
         return _INDEX[(thing.name,)]
     return _INDEX[(f" {thing.colour}", f" {thing.name}") if thing.colour else (f" {thing.name}",)]
 
@@ -106,8 +106,8 @@ def box_digits(boxes: torch.Tensor) -> torch.Tensor:
 
 
 def letters_of(scene: Scene) -> list[Thing]:
-    """The letters of a picture as they are read: by the height of their line, then from left to right."""
-    return sorted(scene.of_kind("letter"), key=lambda thing: (round(thing.centre[1] / 4), thing.centre[0]))
+    """The letters and spaces of a picture as they are read: by the height of their line, then from left to right."""
+    return sorted(scene.of_kind("letter", "space"), key=lambda thing: (round(thing.centre[1] / 4), thing.centre[0]))
 
 
 def written_in(scene: Scene, side: int) -> np.ndarray:

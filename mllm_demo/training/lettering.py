@@ -1,4 +1,4 @@
-"""Draws words, numbers and short lines, and knows the box of every character.
+"""Draws words, numbers and short lines, and knows the box of every character and of every gap between words.
 
 It knows nothing of what the text means or of what asks about it.
 """
@@ -13,8 +13,11 @@ from PIL import Image, ImageDraw, ImageFont
 from mllm_demo.training.things import Thing
 
 HEIGHTS = (0.075, 0.26)  # of letters, as shares of the picture
-# What a reader tells apart; capitals are read as their small letters.
-CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,%-:!?"
+SPACE = " "
+# What a reader tells apart; capitals are read as their small letters. A gap is narrower than a cell and so seen in no
+# empty one: where tokens did not tell it, words were run together, and what stood on the next line was left out.
+CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,%-: ?"
+LINE_END = 0.3  # how wide the gap after a line is, that another follows, in heights of its letters
 
 
 @lru_cache(maxsize=256)
@@ -33,12 +36,12 @@ class Line:
 def draw_line(
     canvas: Image.Image, text: str, font: ImageFont.FreeTypeFont, left: float, baseline: float, ink: tuple
 ) -> tuple[Line, list[Thing]]:
-    """Writes `text` from `left` on `baseline`; returns it with one letter `Thing` per visible character."""
+    """Writes `text` from `left` on `baseline`; returns it with one `Thing` per character, "letter" or "space"."""
     ImageDraw.Draw(canvas).text((left, baseline), text, font=font, fill=ink, anchor="ls")
     top, bottom = baseline - 0.75 * font.size, baseline + 0.2 * font.size
     edges = [left + font.getlength(text[:index]) for index in range(len(text) + 1)]
     letters = [
-        Thing("letter", letter.lower(), (x0, top, x1, bottom))
+        Thing("space" if letter == SPACE else "letter", letter.lower(), (x0, top, x1, bottom))
         for letter, x0, x1 in zip(text, edges, edges[1:], strict=False)
         if letter.lower() in CHARACTERS
     ]
@@ -57,7 +60,7 @@ def write(
     heights: tuple[float, float] = HEIGHTS,
 ) -> tuple[list[Line], list[Thing]]:  # fmt: skip
     """Writes `lines` below each other somewhere between the heights `band`, in letters as large as chance (`heights`,
-    as shares of the picture) and space allow."""
+    as shares of the picture) and space allow. The end of every line but the last is a "space", too."""
     size, longest = canvas.width, max(lines, key=len)
     tallest = (band[1] - band[0]) / len(lines) / 1.3
     pixels = min(rng.uniform(*heights) * size, tallest)
@@ -73,4 +76,7 @@ def write(
         line, drawn = draw_line(canvas, text, font, x, top + pitch * (index + 0.8), ink)
         written.append(line)
         letters += drawn
+        if index < len(lines) - 1:
+            _, y0, x1, y1 = line.box
+            letters.append(Thing("space", SPACE, (x1, y0, x1 + LINE_END * font.size, y1)))
     return written, letters

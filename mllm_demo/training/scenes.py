@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 from mllm_demo.training.art import HELD_OUT_STYLE, OBJECT_NAMES, TEST_FONTS, TEST_STYLES, TRAIN_FONTS, TRAIN_STYLES, Art
 from mllm_demo.training.canvas import background, damage, ink_on, plain
 from mllm_demo.training.charts import draw_chart
-from mllm_demo.training.lettering import HEIGHTS, draw_line, font_of, write
+from mllm_demo.training.lettering import HEIGHTS, SPACE, draw_line, font_of, write
 from mllm_demo.training.restyle import restyled
 from mllm_demo.training.things import COLOURS, MAX_COUNT, PAGE, SHAPES, Scene, Split, Thing
 from mllm_demo.training.words import TEST_WORDS, TRAIN_WORDS, invented
@@ -193,12 +193,15 @@ class _Picture:
             baseline += font.size * rng.uniform(1.1, 1.7)
             if baseline > 0.98 * size:
                 return
-            left = rng.uniform(0, 0.1 * size)
+            left, gap = rng.uniform(0, 0.1 * size), None
             while left + font.getlength(word := self._word_or_number()) < size:
                 line, letters = draw_line(self.canvas, word, font, left, baseline, ink)
+                _, y0, end, y1 = line.box
+                if gap is not None:
+                    self.things.append(Thing("space", SPACE, (gap, y0, left, y1)))
                 self.things += letters
                 self.lines.append(line.text)
-                left = line.box[2] + font.size * rng.uniform(0.3, 1.2)
+                gap, left = end, end + font.size * rng.uniform(0.3, 1.2)
 
     def _word_or_number(self) -> str:
         if self.rng.random() < NUMBERS:

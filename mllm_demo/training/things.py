@@ -20,7 +20,7 @@ PAGE = "page"  # a kind of scene: nothing but words and numbers as small as a ch
 
 @dataclass(frozen=True)
 class Thing:
-    """One drawn thing. `kind`: object / shape / letter / part (of a chart); `box`: (x0, y0, x1, y1) in pixels."""
+    """One drawn thing. `kind`: object / shape / letter / space / part (of a chart); `box`: (x0, y0, x1, y1), pixels."""
 
     kind: str
     name: str

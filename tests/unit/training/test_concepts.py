@@ -15,7 +15,7 @@ from mllm_demo.training.concepts import (
     settled,
 )
 from mllm_demo.training.lettering import CHARACTERS
-from mllm_demo.training.scenes import TRAIN, render
+from mllm_demo.training.scenes import HELD_OUT, TRAIN, render
 from mllm_demo.training.things import PAGE, Scene, Thing
 
 SIDE, CELL = 3, 32
@@ -25,9 +25,12 @@ def letter(name: str, x: float, y: float) -> Thing:
     return Thing("letter", name, (x - 4, y - 6, x + 4, y + 6))
 
 
+def targets_of(scene: Scene, side: int = 12) -> CellTargets:
+    return CellTargets(*(torch.from_numpy(array)[None] for array in cell_targets(scene, side)))
+
+
 def targets(*things: Thing) -> CellTargets:
-    made = cell_targets(Scene(np.zeros((SIDE * CELL, SIDE * CELL, 3), np.uint8), things), SIDE)
-    return CellTargets(*(torch.from_numpy(array)[None] for array in made))
+    return targets_of(Scene(np.zeros((SIDE * CELL, SIDE * CELL, 3), np.uint8), things), SIDE)
 
 
 def telling(texts: dict[int, str], side: int = SIDE) -> torch.Tensor:
@@ -97,7 +100,7 @@ def test_a_reader_that_tells_all_moves_nothing_and_no_letter_is_lost_but_where_t
     compared = 0
     for index in range(96):
         scene = render(art, TRAIN, 5, index, kind=kind)
-        target = CellTargets(*(torch.from_numpy(array)[None] for array in cell_targets(scene, 12)))
+        target = targets_of(scene)
         torch.manual_seed(index)
         moved = settled(target, torch.randn(1, 144, LETTER_SLOTS, 1 + len(CHARACTERS)))
         if any((held.letters > 0).all(-1).any() for held in (target, moved)):
@@ -108,3 +111,17 @@ def test_a_reader_that_tells_all_moves_nothing_and_no_letter_is_lost_but_where_t
         assert before == after
         compared += 1
     assert compared >= 2
+
+
+def test_gaps_between_words_and_after_lines_are_told_like_letters_and_text_is_read_off_cells_as_it_stands(art):
+    several = 0
+    for index in range(200):
+        scene = render(art, HELD_OUT, 6, index, kind="text")
+        lettered = targets_of(scene).letters[0]
+        if len(scene.lines) < 2 or (lettered > 0).all(-1).any():
+            continue
+        # Row of cells after row, what is told is what is written, with a space wherever a word ends but the last.
+        said = "".join(CHARACTERS[i - 1] for i in lettered.flatten().tolist() if i)
+        assert said == " ".join(scene.lines)
+        several += 1
+    assert several >= 10
