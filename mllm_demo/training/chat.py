@@ -157,13 +157,19 @@ def build(options, device: torch.device, rank: int) -> tuple[PeftModel, object, 
     return adapted, processor, written
 
 
-def narrow(model: PeftModel, dtype: torch.dtype) -> None:
-    """The language model and its experts compute in `dtype`; tower, reader and routers stay in float32."""
-    language_model = parts_of(model).language_model
+def quicken(model: PeftModel, device: torch.device, compiled: bool) -> None:
+    """The language model and its experts compute in the dtype that suits `device` and, if `compiled`, as one graph for
+    all layers, with and without the adapter; tower, reader and routers stay in float32."""
+    language_model, dtype = parts_of(model).language_model, compute_dtype(device)
     routers = {id(p) for n, p in model.named_parameters() if "router" in n}
     for parameter in language_model.parameters():
         if id(parameter) not in routers:
             parameter.data = parameter.data.to(dtype)
+    if device.type == "cpu":
+        model.base_model.model.set_attn_implementation(attention.NAME)
+    if compiled:
+        for layer in language_model.layers:
+            layer.compile(dynamic=True)
 
 
 def see(model: PeftModel, pixels: torch.Tensor) -> torch.Tensor:
@@ -303,12 +309,7 @@ def main() -> None:
 
     model, processor, written = build(options, device, rank)
     reader = reader_of(model).requires_grad_(not options.middle)
-    narrow(model, compute_dtype(device))
-    if device.type == "cpu":
-        model.base_model.model.set_attn_implementation(attention.NAME)
-    if options.compile:
-        for layer in parts_of(model).language_model.layers:
-            layer.compile(dynamic=True)  # one graph for all layers, with and without the adapter
+    quicken(model, device, options.compile)
     adapter = [p for name, p in model.named_parameters() if p.requires_grad and "lora_" in name]
     place_head = PlaceHead(model.config.text_config.hidden_size).to(device)
     former = heads_before(options)

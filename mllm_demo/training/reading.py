@@ -27,10 +27,9 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from mllm_demo.models.bundled.assembly import load_vision
 from mllm_demo.models.bundled.weights import ADAPTER, VISION_FILE
-from mllm_demo.models.quantize import compute_dtype
-from mllm_demo.training import art, attention
+from mllm_demo.training import art
 from mllm_demo.training.base import add_lesson_flags, build_model, read_heads
-from mllm_demo.training.chat import BALANCE, Rounding, export, hidden_states, missed, narrow, parts_of, see
+from mllm_demo.training.chat import BALANCE, Rounding, export, hidden_states, missed, parts_of, quicken, see
 from mllm_demo.training.concepts import CellTargets, cell_targets
 from mllm_demo.training.conversations import IGNORED, Encoder, Sample, collate
 from mllm_demo.training.lettering import CHARACTERS
@@ -169,13 +168,8 @@ def main() -> None:
     cell_heads = dense_heads(base, processor, device, heads["dense"]).requires_grad_(False)
     base.to(device).requires_grad_(False)
     model = PeftModel.from_pretrained(base, options.init / ADAPTER.name, is_trainable=True)
-    narrow(model, compute_dtype(device))
-    if device.type == "cpu":
-        model.base_model.model.set_attn_implementation(attention.NAME)
+    quicken(model, device, options.compile)
     language_model = parts_of(model).language_model
-    if options.compile:
-        for layer in language_model.layers:
-            layer.compile(dynamic=True)
     masters = Masters([p for name, p in model.named_parameters() if p.requires_grad and "lora_" in name])
     optimizer = torch.optim.AdamW(masters.copies, lr=options.lr, weight_decay=0.0, betas=(0.9, 0.98))
     run = Run(options.out, {"masters": masters, "optimizer": optimizer}, options.steps, options.batch_size, rank)

@@ -8,7 +8,7 @@ from PIL import Image
 
 from mllm_demo.models.loading import LoadedModel
 
-LONGEST = 40  # tokens of a reply
+LONGEST = 48  # tokens of a reply: six words of six letters, spelled, and what stands around them
 BATCH = 100
 PICTURE = {"type": "image"}  # where a conversation shows it
 
