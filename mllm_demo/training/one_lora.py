@@ -21,8 +21,8 @@ from mllm_demo.models.bundled.assembly import load_vision
 from mllm_demo.models.bundled.weights import ADAPTER, ASSETS, VISION_FILE
 from mllm_demo.moe_lora.layer import MoeLoraLayer
 from mllm_demo.training import art
+from mllm_demo.training.adapted import export
 from mllm_demo.training.base import build_model, read_heads
-from mllm_demo.training.chat import export
 from mllm_demo.training.conversations import Conversations, Encoder, collate
 
 RIDGE = 1e-3  # of the mean square of an input's channels, added to each of them

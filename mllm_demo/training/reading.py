@@ -28,8 +28,8 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from mllm_demo.models.bundled.assembly import load_vision
 from mllm_demo.models.bundled.weights import ADAPTER, VISION_FILE
 from mllm_demo.training import art
+from mllm_demo.training.adapted import BALANCE, Rounding, export, hidden_states, missed, parts_of, quicken, see
 from mllm_demo.training.base import add_lesson_flags, build_model, read_heads
-from mllm_demo.training.chat import BALANCE, Rounding, export, hidden_states, missed, parts_of, quicken, see
 from mllm_demo.training.concepts import CellTargets, cell_targets
 from mllm_demo.training.conversations import IGNORED, Encoder, Sample, collate
 from mllm_demo.training.lettering import CHARACTERS

@@ -27,8 +27,8 @@ from torch.nn import functional
 from mllm_demo.models.bundled.assembly import load_vision
 from mllm_demo.models.bundled.weights import VISION_FILE
 from mllm_demo.training import art
+from mllm_demo.training.adapted import reader_of
 from mllm_demo.training.base import add_lesson_flags, build_model, read_heads, save_lesson
-from mllm_demo.training.chat import reader_of
 from mllm_demo.training.concepts import LETTER_SLOTS, CellTargets, settled
 from mllm_demo.training.lettering import CHARACTERS
 from mllm_demo.training.runs import Run, add_flags, begin, leave_processes, teach

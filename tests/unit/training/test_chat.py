@@ -1,32 +1,16 @@
-"""The adapter learns on weights rounded as they are shipped and on exact ones, in turn, and to go on speaking."""
+"""The adapter learns to answer, and to go on speaking as its language model does."""
 
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import nn
 from torch.nn import functional
 from transformers import LlamaModel
 
-from mllm_demo.training import chat
+from mllm_demo.training import adapted, chat
 from mllm_demo.training.adapters import single_lora
-from mllm_demo.training.chat import Rounding
 from mllm_demo.training.conversations import IGNORED, Sample, collate
 from mllm_demo.training.placing import COMPARED, NOWHERE, UNKNOWN, PlaceHead
 from tests.unit.training.test_adapters import tiny
-
-
-def test_frozen_linear_weights_change_between_exact_and_rounded_in_place():
-    torch.manual_seed(0)
-    frozen, learned = nn.Linear(64, 32, bias=False).bfloat16(), nn.Linear(64, 32, bias=False).bfloat16()
-    model = nn.Sequential(frozen.requires_grad_(False), learned, nn.LayerNorm(32))
-    exact, untouched, place = frozen.weight.clone(), learned.weight.clone(), frozen.weight.data_ptr()
-    packed, state = quantize_4bit(exact, quant_type="nf4", compress_statistics=True)
-    rounding = Rounding(model)
-    rounding.use(rounded=True)
-    assert torch.equal(frozen.weight, dequantize_4bit(packed, state)) and not torch.equal(frozen.weight, exact)
-    rounding.use(rounded=False)
-    assert torch.equal(frozen.weight, exact)
-    assert torch.equal(learned.weight, untouched) and frozen.weight.data_ptr() == place
 
 
 class Tiny(nn.Module):
@@ -72,7 +56,7 @@ def said(model, ids: list[int]) -> torch.Tensor:
 
 @pytest.mark.parametrize("trained", [False, True])
 def test_talk_after_a_picture_is_held_against_what_the_language_model_says_to_it_alone(monkeypatch, trained):
-    monkeypatch.setattr(chat, "PLACED", 0)
+    monkeypatch.setattr(adapted, "PLACED", 0)
     model = single_lora(Tiny()).eval()
     for name, parameter in model.named_parameters():
         if trained and "lora_B" in name:
@@ -93,7 +77,7 @@ def test_talk_after_a_picture_is_held_against_what_the_language_model_says_to_it
 
 
 def test_the_lesson_of_the_middle_tells_of_places_as_the_whole_does_without_what_stands_above(monkeypatch):
-    monkeypatch.setattr(chat, "PLACED", 0)
+    monkeypatch.setattr(adapted, "PLACED", 0)
     model = single_lora(Tiny()).eval()
     monkeypatch.setattr(chat, "see", lambda model, pixels: None)
     there = sample([3, 9, 4, 11, 7], [])
@@ -101,21 +85,8 @@ def test_the_lesson_of_the_middle_tells_of_places_as_the_whole_does_without_what
     batch, head = collate([there], pad=0) | {"pixel_values": None}, PlaceHead(48)
     with torch.no_grad():
         whole = chat.losses_of(model, head, None, collate([there], pad=0))
-        layers = chat.parts_of(model).language_model.layers
-        chat.parts_of(model).language_model.layers = layers[:1]
+        layers = adapted.parts_of(model).language_model.layers
+        adapted.parts_of(model).language_model.layers = layers[:1]
         lesson = chat.losses_of_middle(model, head, batch)
     assert lesson["extremes"] > 0 and len(layers) > 1
     assert all(torch.equal(value, whole[name]) for name, value in lesson.items())
-
-
-def test_positions_that_are_left_out_are_not_closed_up(monkeypatch):
-    monkeypatch.setattr(chat, "PLACED", 0)
-    model, ids = single_lora(Tiny()).eval(), torch.tensor([[3, 9, 4, 11, 7]])
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    with torch.no_grad():
-        plain, counted, apart = (
-            chat.hidden_states(model, batch | more, None)[0]
-            for more in ({}, {"position_ids": torch.arange(5)[None]}, {"position_ids": torch.tensor([[0, 1, 7, 8, 9]])})
-        )
-    assert torch.equal(plain, counted)
-    assert torch.allclose(plain[:, :2], apart[:, :2]) and (plain[:, 2:] - apart[:, 2:]).abs().max() > 1e-3

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mllm_demo.training import reading
-from mllm_demo.training.chat import missed
+from mllm_demo.training.adapted import missed
 from mllm_demo.training.conversations import IGNORED, Encoder, Sample
 from mllm_demo.training.placing import NOWHERE
 from mllm_demo.training.reading import Readings, asked, between, cut, right, together
