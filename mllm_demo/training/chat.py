@@ -16,6 +16,7 @@ Beside the adapter learns the reader: the tower's transformer layers and the con
 are. Loss: on answers, on drifting away from the language model's own speech where there is text alone or talk that
 needs no picture, on not knowing where things are in the middle of the language model (see `placing`), on image tokens
 from which stage 0's heads can no longer read names, letters, counts, values and ranks, and on unevenly used experts.
+Beside every batch of stage 3, `--readings` sequences of `reading` keep what that lesson taught.
 `--middle` is a lesson about charts, most of all about which part is largest or smallest, for the adapter up to the
 layer that is asked for places: nothing above it is computed and the reader stays as it is, which takes half the time.
 What is said afterwards is stage III's to mend.
@@ -24,6 +25,7 @@ Every stage resumes from its own `last.pt`. It knows nothing of evaluation.
 
 import argparse
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 
 import torch
@@ -52,7 +54,9 @@ from mllm_demo.training.adapters import lora_state, mixture, single_lora
 from mllm_demo.training.base import TAUGHT_FILE, build_model, load_taught, read_heads, read_taught
 from mllm_demo.training.concepts import CellTargets
 from mllm_demo.training.conversations import IGNORED, MIX, Conversations, Encoder, collate
+from mllm_demo.training.lettering import CHARACTERS
 from mllm_demo.training.placing import UNKNOWN, PlaceHead
+from mllm_demo.training.reading import readings_to_learn, said
 from mllm_demo.training.runs import (
     Masters,
     Run,
@@ -64,9 +68,10 @@ from mllm_demo.training.runs import (
     wait_for_others,
 )
 from mllm_demo.training.small_talk import talk, texts
+from mllm_demo.training.tokens import Letters
 from mllm_demo.training.tower import DENSE, DenseHeads, dense_heads
 
-WEIGHTS = {"answers": 1.0, "text": 3.0, "talk": 2.0, "tokens": 0.5}
+WEIGHTS = {"answers": 1.0, "text": 3.0, "talk": 2.0, "tokens": 0.5, "reading": 1.0}
 WEIGHTS |= {"columns": 1.0, "rows": 0.25, "values": 0.5, "counts": 0.5, "extremes": 1.5}  # what the middle tells
 PLACE_LR = 2e-3
 
@@ -189,6 +194,7 @@ def main() -> None:
     parser.add_argument("--tower", type=Path, default=TAUGHT_FILE, help="what stage 0 taught")
     parser.add_argument("--init", type=Path, help="go on from a model in the layout of assets/bundled, in stage 3")
     parser.add_argument("--average", type=float, default=0.98, help="how much of the average of weights a step keeps")
+    parser.add_argument("--readings", type=int, default=0, help="sequences of `reading` beside every batch of stage 3")
     parser.add_argument("--middle", action="store_true", help="a lesson of charts for the layers that tell places")
     parser.add_argument("--compile", action="store_true", help="a third faster on a CPU with a C++ compiler")
     parser.add_argument("--export", action="store_true", help="only write the shipped files from the last checkpoint")
@@ -199,6 +205,8 @@ def main() -> None:
         parser.error("--init goes on with a whole model, which is stage 3; leave it out or choose --stage 3.")
     if options.middle and not options.init:
         parser.error("--middle is a lesson for a whole model; say which with --init, and --stage 3.")
+    if options.readings and (options.stage != 3 or options.middle):
+        parser.error("--readings go with stage 3 and without --middle, which has nothing read out; leave one out.")
     if options.blend != 1.0 and not (options.init and options.export and 0.0 <= options.blend < 1.0):
         parser.error("--blend is a share from 0 to 1 of the way from --init to what --export writes; give all three.")
     rank, world, device = begin(options)
@@ -246,6 +254,9 @@ def main() -> None:
         data, options.batch_size // world, num_workers=options.workers, collate_fn=partial(collate, pad=pad)
     )  # fmt: skip
 
+    beside_it = readings_to_learn(options, run, world, encoder, options.readings) if options.readings else repeat(None)
+    letters = Letters(cell_heads.table[-len(CHARACTERS) :])
+
     weights = WEIGHTS | {"balance": BALANCE.get(options.stage, 0.0)}
     language_model = parts_of(model).language_model
     rounding, layers = Rounding(language_model), language_model.layers
@@ -253,7 +264,7 @@ def main() -> None:
         language_model.layers = layers[: PLACED + 1]
     model.train()
     parts_of(model).vision_tower.eval()
-    for batch in loader:
+    for batch, readings in zip(loader, beside_it, strict=False):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * cosine(run.step, options.steps, 25)
         rounding.use(run.step % 2 == 0)
@@ -261,7 +272,11 @@ def main() -> None:
         if options.middle:
             losses = losses_of_middle(model, place_head, batch)
         else:
-            losses = losses_of(model, place_head, cell_heads, batch)
+            read = {}
+            if readings is not None:
+                readings = {name: value.to(device) for name, value in readings.items()}
+                read["reading"] = missed(said(model, letters, cell_heads, readings), readings)
+            losses = losses_of(model, place_head, cell_heads, batch) | read
             if options.stage > 1 and options.experts > 1:
                 losses["balance"] = model.base_model.router_aux_loss()
         sum(weights[name] * loss for name, loss in losses.items()).backward()

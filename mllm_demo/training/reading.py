@@ -2,7 +2,7 @@
 
     python -m mllm_demo.training.reading --init assets/bundled --steps 300
     python -m mllm_demo.training.reading --init assets/bundled --export --to runs/reading
-    python -m mllm_demo.training.chat --stage 3 --init runs/reading --out runs/more    # and everything else again
+    python -m mllm_demo.training.chat --stage 3 --init runs/reading --out runs/more --readings 12  # all else again, too
 
 Where tokens held the very letters of a picture, the language model still said "gril" for "girl": it had not learned to
 read cells of several letters, which in a conversation about a picture are a few of 400 positions. Here only the image
@@ -128,6 +128,18 @@ def together(readings: list[Reading], pad: int) -> dict[str, torch.Tensor]:
     }
 
 
+def readings_to_learn(
+    options: argparse.Namespace, run: Run, world: int, encoder: Encoder, batch_size: int
+) -> DataLoader:
+    """This process's share of the sequences that `run` has not seen yet, `batch_size` a step."""
+    done = run.step * batch_size
+    count = options.steps * batch_size - done
+    data = Readings(options.art, "train", options.seed, count, encoder, batch=batch_size, start=done)
+    gather = partial(together, pad=encoder.tokenizer.pad_token_id)
+    data = Subset(data, range(run.rank, count, world))
+    return DataLoader(data, batch_size // world, num_workers=options.workers, collate_fn=gather)
+
+
 def said(model: PeftModel, letters: Letters, cell_heads, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Logits at every label of `batch`, `[labels, vocab]`."""
     with torch.no_grad():
@@ -181,14 +193,9 @@ def main() -> None:
 
     letters = Letters(cell_heads.table[-len(CHARACTERS) :])
     encoder = Encoder(processor, model.config.vision_config.side**2)
-    gather, share = partial(together, pad=processor.tokenizer.pad_token_id), options.batch_size // world
-    of_batch = partial(Readings, options.art, encoder=encoder, batch=options.batch_size)
-    done = run.step * options.batch_size
-    data = of_batch("train", options.seed, options.steps * options.batch_size - done, start=done)
-    loader = DataLoader(
-        Subset(data, range(rank, len(data), world)), share, num_workers=options.workers, collate_fn=gather
-    )
-    held_out = of_batch("held-out", 1, 0 if rank else 8 * share, batch=share)
+    loader = readings_to_learn(options, run, world, encoder, options.batch_size)
+    share, gather = options.batch_size // world, loader.collate_fn
+    held_out = Readings(options.art, "held-out", 1, 0 if rank else 8 * share, encoder, batch=share)
     tests = list(DataLoader(held_out, share, num_workers=options.workers, collate_fn=gather))
     rounding = Rounding(language_model)
 
