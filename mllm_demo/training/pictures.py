@@ -52,6 +52,8 @@ TITLES = {
     "common-4": "III, on from there, common words",
     "branch-4": "III, on from the branch taught further",
     "read-4": "III, on from a lesson of reading",
+    "further-4": "III, on from there",
+    "gaps-4": "III, gaps told",
     "stage2-1": "II, single LoRA",
     "stage3-1": "III, single LoRA",
 }
@@ -96,9 +98,9 @@ def curves(folder: Path) -> Figure:
             points = [(starts[name] + row["step"], row[quantity]) for row in logged if quantity in row]
             if points:
                 single = name.endswith("-1")
-                again, hue = divmod(index, 10)  # ten hues, then each once more, pale, and then dashed
+                again, hue = divmod(index, 10)  # ten hues, then pale, then both dashed
                 colour = "black" if single else pyplot.get_cmap("tab20")(2 * hue + again % 2)
-                style = ":" if single else ("-", "-", "--")[again]
+                style = ":" if single else ("-", "-", "--", "--")[again]
                 axis.plot(*zip(*points, strict=True), style, color=colour, label=TITLES[name])
         axis.set(xlabel="step", title=LABELS[quantity], yscale="log" if quantity != "balance" else "linear")
         if quantity != "balance":
