@@ -128,6 +128,7 @@ def versions(report: dict) -> Figure:
         axis.axhline(goals[task], linestyle=":", color="black", label="goal")
         axis.set(title=task, ylim=(0, 1))
         axis.tick_params(labelsize="x-small")
+        axis.tick_params(axis="x", labelrotation=90)
         axis.grid(alpha=0.3)
     labels = axes[0].get_legend_handles_labels()
     figure.legend(*labels, loc="outside lower center", ncols=3, frameon=False, fontsize="small")
