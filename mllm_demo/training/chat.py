@@ -54,7 +54,6 @@ from mllm_demo.training.adapters import lora_state, mixture, single_lora
 from mllm_demo.training.base import TAUGHT_FILE, build_model, load_taught, read_heads, read_taught
 from mllm_demo.training.concepts import CellTargets
 from mllm_demo.training.conversations import IGNORED, MIX, Conversations, Encoder, collate
-from mllm_demo.training.lettering import CHARACTERS
 from mllm_demo.training.placing import UNKNOWN, PlaceHead
 from mllm_demo.training.reading import readings_to_learn, said
 from mllm_demo.training.runs import (
@@ -255,7 +254,7 @@ def main() -> None:
     )  # fmt: skip
 
     beside_it = readings_to_learn(options, run, world, encoder, options.readings) if options.readings else repeat(None)
-    letters = Letters(cell_heads.table[-len(CHARACTERS) :])
+    letters = Letters.of(cell_heads)
 
     weights = WEIGHTS | {"balance": BALANCE.get(options.stage, 0.0)}
     language_model = parts_of(model).language_model

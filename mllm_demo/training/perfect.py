@@ -14,7 +14,6 @@ from mllm_demo.models.bundled.weights import ASSETS
 from mllm_demo.models.loading import LoadedModel
 from mllm_demo.training.base import read_heads
 from mllm_demo.training.concepts import CellTargets, cell_targets
-from mllm_demo.training.lettering import CHARACTERS
 from mllm_demo.training.things import Scene
 from mllm_demo.training.tokens import Letters
 from mllm_demo.training.tower import dense_heads
@@ -26,7 +25,7 @@ def perfect_letters(loaded: LoadedModel, scenes: Sequence[Scene], bundle: Path |
     sees meanwhile, in that order; `bundle`: whose heads tell to which of two cells a letter near their border goes."""
     model = loaded.model.base_model.model
     heads = dense_heads(model, loaded.processor, model.device, read_heads(bundle or ASSETS)["dense"])
-    letters, rest = Letters(heads.table[-len(CHARACTERS) :]), iter(scenes)
+    letters, rest = Letters.of(heads), iter(scenes)
 
     @torch.no_grad()
     def put(connector, seen, said: torch.Tensor) -> torch.Tensor:

@@ -32,7 +32,6 @@ from mllm_demo.training.adapted import BALANCE, Rounding, export, hidden_states,
 from mllm_demo.training.base import add_lesson_flags, build_model, read_heads
 from mllm_demo.training.concepts import CellTargets, cell_targets
 from mllm_demo.training.conversations import IGNORED, Encoder, Sample, collate
-from mllm_demo.training.lettering import CHARACTERS
 from mllm_demo.training.questions import Question, ask
 from mllm_demo.training.runs import Masters, Run, add_flags, begin, leave_processes, teach
 from mllm_demo.training.scenes import SPLITS, render
@@ -191,7 +190,7 @@ def main() -> None:
         export(model, heads, options.to)
         return
 
-    letters = Letters(cell_heads.table[-len(CHARACTERS) :])
+    letters = Letters.of(cell_heads)
     encoder = Encoder(processor, model.config.vision_config.side**2)
     loader = readings_to_learn(options, run, world, encoder, options.batch_size)
     share, gather = options.batch_size // world, loader.collate_fn

@@ -33,7 +33,7 @@ from mllm_demo.training.concepts import LETTER_SLOTS, CellTargets, settled
 from mllm_demo.training.lettering import CHARACTERS
 from mllm_demo.training.runs import Run, add_flags, begin, leave_processes, teach
 from mllm_demo.training.things import PAGE
-from mllm_demo.training.tower import DENSE, cells_held_out, cells_to_learn, dense_accuracy, dense_heads
+from mllm_demo.training.tower import DENSE, DenseHeads, cells_held_out, cells_to_learn, dense_accuracy, dense_heads
 
 FAINTER = 0.8  # 0.7 told the order of two letters in 0.69 for 0.65, and charts were read worse
 ALONE = 1.9  # how much a cell's only letter counts: what the stages before and after make of it
@@ -52,6 +52,11 @@ class Letters:
         self.directions = torch.linalg.qr(table.T).Q  # [width, letters]
         self.unit = functional.normalize(table, dim=-1)
         self.weights = FAINTER ** torch.arange(LETTER_SLOTS, device=table.device, dtype=table.dtype)
+
+    @classmethod
+    def of(cls, heads: DenseHeads) -> "Letters":
+        """By the table that `heads` hold, in which the letters come last."""
+        return cls(heads.table[-len(CHARACTERS) :])
 
     def shares(self, letters: torch.Tensor) -> torch.Tensor:
         """int64 `[cells, LETTER_SLOTS]` → how much each letter counts, `[cells, letters]`."""
@@ -121,7 +126,7 @@ def main() -> None:
     model, processor = build_model(options.base)
     of_init = read_heads(options.init)
     heads = dense_heads(model, processor, device, of_init["dense"])
-    letters = Letters(heads.table[-len(CHARACTERS) :])
+    letters = Letters.of(heads)
     model.requires_grad_(False)
     tower = model.model.vision_tower.to(device, memory_format=torch.channels_last)
     reader = reader_of(model).to(device)
