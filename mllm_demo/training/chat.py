@@ -254,7 +254,7 @@ def main() -> None:
     )  # fmt: skip
 
     beside_it = readings_to_learn(options, run, world, encoder, options.readings) if options.readings else repeat(None)
-    letters = Letters.of(cell_heads)
+    letters = Letters.of(cell_heads) if options.readings else None
 
     weights = WEIGHTS | {"balance": BALANCE.get(options.stage, 0.0)}
     language_model = parts_of(model).language_model

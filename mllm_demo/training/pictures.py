@@ -23,39 +23,25 @@ from mllm_demo.figures.palette import expert_colors
 from mllm_demo.training.scoring import interval
 
 RECORDS = Path(__file__).resolve().parents[2] / "assets" / "training"
+SINGLE = "the single LoRA, II and III"
+# The line of the legend for a run, by its log's folder: some versions took several runs, one after another.
 TITLES = {
     "stage1": "I: reader and single LoRA",
     "stage2-4": "II: experts copied, routers",
-    "stage3-4": "III: four experts",
-    "more-4": "III, 0.4 to 0.5",
-    "later-4": "III, 0.5 to 0.6",
-    "words-4": "III, 0.6 to 0.7",
-    "detail-4": "III, 0.7 to 0.8",
-    "average-4": "III, 0.8 to 0.9",
-    "strokes-4": "III, 0.9 to 0.10",
-    "longer-4": "III, on from 0.10",
-    "labels-4": "III, on from new tokens",
-    "extremes-4": "III, values before labels",
-    "again-4": "III, values first, from 0.10",
-    "talk-4": "III, 0.10 to 0.11",
-    "onward-4": "III, on from 0.11",
-    "middle-4": "lesson of extremes, from 0.11",
-    "picked-4": "III, on from that lesson",
-    "firsts-4": "lesson again, labels' first letters",
-    "pages-4": "III, on from that and pages",
-    "mended-4": "III, on from there to 0.12",
-    "print-4": "III, on from 0.12 and letters alone",
-    "asked-4": "III, words by their boxes, values told",
-    "opened-4": "III, on from there to 0.13",
-    "settled-4": "III, on from 0.13, letters in one cell each",
-    "spelled-4": "III, the same again, spaces weighing more",
-    "common-4": "III, on from there, common words",
-    "branch-4": "III, on from the branch taught further",
-    "read-4": "III, on from a lesson of reading",
-    "further-4": "III, on from there",
-    "gaps-4": "III, gaps told",
-    "stage2-1": "II, single LoRA",
-    "stage3-1": "III, single LoRA",
+    "stage3-4": "III, to 0.4",
+    "more-4": "to 0.5",
+    "later-4": "to 0.6",
+    "words-4": "to 0.7",
+    "detail-4": "to 0.8",
+    "average-4": "to 0.9",
+    "strokes-4": "to 0.10",
+    **dict.fromkeys(("longer-4", "labels-4", "extremes-4", "again-4", "talk-4"), "to 0.11"),
+    **dict.fromkeys(("onward-4", "middle-4", "picked-4", "firsts-4", "pages-4", "mended-4"), "to 0.12"),
+    **dict.fromkeys(("print-4", "asked-4", "opened-4"), "to 0.13"),
+    **dict.fromkeys(("settled-4", "spelled-4", "common-4", "branch-4", "read-4"), "to 0.14"),
+    **dict.fromkeys(("further-4", "gaps-4"), "on from 0.14"),
+    "stage2-1": SINGLE,
+    "stage3-1": SINGLE,
 }
 LABELS = {
     "answers": "loss on answers", "columns": "loss on columns, in the middle", "values": "loss on values of charts",
@@ -93,15 +79,16 @@ def curves(folder: Path) -> Figure:
         starts[name] = max(ends[track] for track in tracks)
         for track in tracks:
             ends[track] = starts[name] + logged[-1]["step"]
+    titles = list(dict.fromkeys(TITLES[name] for name in runs))
     for axis, quantity in zip(axes, shown, strict=True):
-        for index, (name, logged) in enumerate(runs.items()):
+        for name, logged in runs.items():
             points = [(starts[name] + row["step"], row[quantity]) for row in logged if quantity in row]
             if points:
-                single = name.endswith("-1")
-                again, hue = divmod(index, 10)  # ten hues, then pale, then both dashed
-                colour = "black" if single else pyplot.get_cmap("tab20")(2 * hue + again % 2)
-                style = ":" if single else ("-", "-", "--", "--")[again]
-                axis.plot(*zip(*points, strict=True), style, color=colour, label=TITLES[name])
+                again, hue = divmod(titles.index(TITLES[name]), 10)  # ten hues, then the same ones pale
+                look = {"color": pyplot.get_cmap("tab20")(2 * hue + again)}
+                if TITLES[name] == SINGLE:
+                    look = {"color": "black", "linestyle": ":"}
+                axis.plot(*zip(*points, strict=True), label=TITLES[name], **look)
         axis.set(xlabel="step", title=LABELS[quantity], yscale="log" if quantity != "balance" else "linear")
         if quantity != "balance":
             axis.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
@@ -110,8 +97,8 @@ def curves(folder: Path) -> Figure:
         axis.tick_params(axis="y", which="both", labelsize="x-small")
         axis.grid(alpha=0.3)
     lines = {line.get_label(): line for axis in axes for line in axis.lines}  # no panel has every run
-    lines = [lines[TITLES[name]] for name in runs if TITLES[name] in lines]
-    figure.legend(handles=lines, loc="outside lower center", ncols=4, frameon=False, fontsize="small")
+    lines = [lines[title] for title in titles if title in lines]
+    figure.legend(handles=lines, loc="outside lower center", ncols=5, frameon=False, fontsize="small")
     return figure
 
 

@@ -2,21 +2,23 @@
 
 import math
 import re
+from dataclasses import astuple
 
+from mllm_demo.chat.grounding import find_boxes
 from mllm_demo.training.questions import Question
 from mllm_demo.training.things import COLOURS, SHAPES
 from mllm_demo.training.wording import NAME_FORMS
 
 NUMBERS = {"no": 0, "zero": 0, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6}
 DIRECTIONS = {"left": "left", "right": "right", "above": "above", "below": "below"}
-BOX = re.compile(r"\[\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*\]")
 MINIMAL_OVERLAP = 0.5
 _NAMES = re.compile(r"\b(" + "|".join(sorted(map(re.escape, NAME_FORMS), key=len, reverse=True)) + r")\b")
 
 
 def box_in(text: str) -> tuple[int, ...] | None:
-    found = BOX.search(text)
-    return tuple(int(v) for v in found.groups()) if found else None
+    """The first box that the chat would draw."""
+    boxes = find_boxes(text)
+    return astuple(boxes[0]) if boxes else None
 
 
 def overlap(first, second) -> float:

@@ -1,6 +1,7 @@
 """Records become pictures that show every task, every stage and the quantities that were logged."""
 
 import json
+import shutil
 
 import matplotlib
 import pytest
@@ -32,6 +33,16 @@ def test_curves_name_their_stages_and_follow_each_other(run):
     first, second = figure.axes
     assert list(first.lines[0].get_xdata()) == [10, 20]
     assert list(second.lines[0].get_xdata()) == [30, 40]
+
+
+def test_runs_on_the_way_to_one_version_are_one_colour_and_one_line_of_the_legend(run):
+    (run / "stage3-4").rename(run / "print-4")
+    shutil.copytree(run / "print-4", run / "asked-4")
+    figure = pictures.curves(run)
+    first, second = figure.axes[1].lines
+    assert first.get_color() == second.get_color() != figure.axes[0].lines[0].get_color()
+    shown = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert shown == [pictures.TITLES["stage1"], pictures.TITLES["print-4"]]
 
 
 def test_experts_shows_the_router_that_tells_most():
