@@ -23,7 +23,7 @@ from mllm_demo.training.placing import COMPARED, NOWHERE, UNKNOWN, Mark, Place, 
 from mllm_demo.training.questions import Question, ask_all
 from mllm_demo.training.replies import turn
 from mllm_demo.training.scenes import SPLITS, render
-from mllm_demo.training.things import PAGE, Scene
+from mllm_demo.training.things import CROWD, PAGE, Scene
 
 TALKED = 0.3  # how often talk of something else follows on a picture
 IGNORED = -100  # the label that torch's cross entropy skips
@@ -37,8 +37,8 @@ AGAIN_WEIGHT = 3.0
 VERDICT, VERDICT_WEIGHT = ", so", 6.0  # what an answer concludes after this is one token, and all that was asked
 # How often each kind of picture is talked about.
 MIX = {
-    "single": 0.06, "same": 0.15, "objects": 0.10, "shapes": 0.11, "mixed": 0.03, "text": 0.21, "chart": 0.25,
-    PAGE: 0.09,
+    "single": 0.06, "same": 0.12, CROWD: 0.08, "objects": 0.10, "shapes": 0.09, "mixed": 0.02, "text": 0.20,
+    "chart": 0.25, PAGE: 0.08,
 }  # fmt: skip
 # Answers of which one token tells everything weigh more: elsewhere it is outnumbered.
 TASK_WEIGHTS = {"counting": 3.0, "total": 3.0, "reading": 1.5, "word": 1.5, "chart": 2.0, "table": 1.5, "told": 1.5}

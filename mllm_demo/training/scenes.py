@@ -3,6 +3,8 @@
 It knows nothing of questions, models or files; the same `(seed, index, split)` is always the same picture.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from PIL import Image, ImageDraw
 
@@ -11,14 +13,14 @@ from mllm_demo.training.canvas import background, damage, ink_on, plain
 from mllm_demo.training.charts import draw_chart
 from mllm_demo.training.lettering import HEIGHTS, SPACE, draw_line, font_of, write
 from mllm_demo.training.restyle import restyled
-from mllm_demo.training.things import COLOURS, MAX_COUNT, PAGE, SHAPES, Scene, Split, Thing
+from mllm_demo.training.things import COLOURS, CROWD, MAX_COUNT, PAGE, SHAPES, Scene, Split, Thing
 from mllm_demo.training.words import TEST_WORDS, TRAIN_WORDS, invented
 
 SIZE = 384
 RESTYLED = 0.4  # of the drawings to learn from
 SMALL, SMALL_HEIGHTS = 0.4, (0.045, 0.1)  # of the texts to learn from: letters too small to have a token each
 SINGLE = 0.6  # below this, a large text to learn from is one number or word; more words are more to read at once
-# How often each kind of picture is drawn; a `PAGE` only where it is asked for.
+# How often each kind of picture is drawn; `CROWD` and `PAGE` only where they are asked for.
 KINDS = {"single": 0.08, "same": 0.08, "objects": 0.14, "shapes": 0.06, "mixed": 0.04, "text": 0.36, "chart": 0.24}
 PAGE_HEIGHTS = (0.045, 0.1)
 NUMBERS = 0.15  # of a page's words
@@ -128,19 +130,36 @@ class _Picture:
         return list(zip(corners, sides, strict=True))
 
     def objects(self, names: list[str], alike: bool = False) -> None:
-        sprite = _sprite(self.rng, self.art, self.split, names[0]) if alike else None
+        """Drawings of them; all `alike` of one name."""
+        sprites = {}
+        if alike:
+            sprites = {name: _sprite(self.rng, self.art, self.split, name) for name in dict.fromkeys(names)}
         for name, (corner, side) in zip(names, self._spots(len(names)), strict=True):
-            drawing = sprite if alike else _sprite(self.rng, self.art, self.split, name)
+            drawing = sprites[name] if alike else _sprite(self.rng, self.art, self.split, name)
             self.things.append(Thing("object", name, _paste_sprite(self.rng, self.canvas, drawing, corner, side)))
 
     def shapes(self, count: int) -> None:
         rng = self.rng
-        visible = [name for name, rgb in COLOURS.items() if np.abs(np.array(rgb) - self.ground).max() > 80]
         names = rng.choice(SHAPES, count, replace=count > len(SHAPES) or rng.random() < 0.5)
         if rng.random() < 0.25:
             names = np.repeat(names[:1], count)
-        for name, (corner, side) in zip(names, self._spots(count, 2), strict=True):
-            self._shape(str(rng.choice(visible)), str(name), corner, side)
+        self._shapes(names)
+
+    def _shapes(self, names: Sequence[str]) -> None:
+        visible = [name for name, rgb in COLOURS.items() if np.abs(np.array(rgb) - self.ground).max() > 80]
+        for name, (corner, side) in zip(names, self._spots(len(names), 2), strict=True):
+            self._shape(str(self.rng.choice(visible)), str(name), corner, side)
+
+    def crowd(self) -> None:
+        """Three things or more of two kinds: the other scenes seldom have several of one kind beside others."""
+        count = int(self.rng.integers(3, MAX_COUNT + 1))
+        shapes = self.rng.random() < 0.7
+        kinds = self.rng.choice(SHAPES, 2, replace=False) if shapes else self.some_objects(2)
+        names = [str(name) for name in self.rng.choice(kinds, count)]
+        if shapes:
+            self._shapes(names)
+        else:
+            self.objects(names, alike=True)
 
     def _shape(self, colour: str, name: str, corner, side: float) -> None:
         box = _draw_shape(self.rng, self.canvas, name, colour, corner, side)
@@ -229,7 +248,7 @@ class _Picture:
 def render(
     art: Art, split: Split, seed: int, index: int, size: int = SIZE, kind: str | None = None, chart: str | None = None
 ) -> Scene:
-    """Picture number `index` of a split; `kind` forces one of `KINDS` or `PAGE`, `chart` the kind of chart."""
+    """Picture number `index` of a split; `kind` forces one of `KINDS`, `CROWD` or `PAGE`, `chart` the kind of chart."""
     rng = np.random.default_rng((seed, sum(split.name.encode()), index))
     kind = kind or str(rng.choice(list(KINDS), p=list(KINDS.values())))
     picture = _Picture(rng, art, split, size, kind)
@@ -242,6 +261,8 @@ def render(
         picture.objects(picture.some_objects(int(rng.integers(2, 6))))
     elif kind == "shapes":
         picture.shapes(count)
+    elif kind == CROWD:
+        picture.crowd()
     elif kind == "mixed":
         picture.mixed()
     elif kind == "text":

@@ -15,6 +15,7 @@ SHAPES = ("circle", "square", "triangle", "star")
 CHART_PARTS = {"bar": "bar", "line": "point", "pie": "slice", "table": "row"}
 MAX_COUNT = 6
 ALL = ("things", "shapes")  # how all of them are counted; the second where there is nothing else
+CROWD = "crowd"  # a kind of scene: several of one kind of thing beside several of another
 PAGE = "page"  # a kind of scene: nothing but words and numbers as small as a chart's
 
 

@@ -32,12 +32,14 @@ from mllm_demo.training.base import add_lesson_flags, build_model, read_heads, s
 from mllm_demo.training.concepts import LETTER_SLOTS, CellTargets, settled
 from mllm_demo.training.lettering import CHARACTERS
 from mllm_demo.training.runs import Run, add_flags, begin, leave_processes, teach
-from mllm_demo.training.things import PAGE
+from mllm_demo.training.things import CROWD, PAGE
 from mllm_demo.training.tower import DENSE, DenseHeads, cells_held_out, cells_to_learn, dense_accuracy, dense_heads
 
 FAINTER = 0.8  # 0.7 told the order of two letters in 0.69 for 0.65, and charts were read worse
 ALONE = 1.9  # how much a cell's only letter counts: what the stages before and after make of it
-MIX = {PAGE: 0.17, "text": 0.27, "chart": 0.26, "same": 0.10, "single": 0.04, "shapes": 0.10, "objects": 0.06}
+MIX = {
+    PAGE: 0.10, "text": 0.20, "chart": 0.21, "same": 0.12, CROWD: 0.16, "single": 0.04, "shapes": 0.12, "objects": 0.05,
+}  # fmt: skip
 SHARPNESS = 20.0  # of the choice among letters by cosine
 # Letters four times what they weigh beside the language model: they are what this is for. Counts twice, since a lesson
 # with them as there lost some.

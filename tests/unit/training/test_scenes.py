@@ -1,5 +1,7 @@
 """Rendered pictures are repeatable, annotated truthfully, and the held-out set shares nothing that it must not."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 
@@ -91,6 +93,15 @@ def test_a_page_is_small_words_all_over_and_no_kind_that_is_drawn_unasked(art):
         assert np.histogram(rows, 5, (0, 1))[0].min() > 5
 
 
+def test_a_crowd_shows_several_of_one_kind_beside_another_and_only_where_it_is_asked_for(art):
+    assert scenes.CROWD not in scenes.KINDS
+    pictures = [scenes.render(art, scenes.TRAIN, 4, index, kind=scenes.CROWD).things for index in range(40)]
+    names = [Counter(thing.name for thing in things) for things in pictures]
+    assert all(max(counted.values()) > 1 and len(counted) <= 2 for counted in names)
+    assert sum(len(counted) == 2 for counted in names) > 20
+    assert {things[0].kind for things in pictures} == {"object", "shape"}
+
+
 def test_invented_words_are_never_words_of_the_evaluation():
     rng = np.random.default_rng(0)
     made = {invented(rng) for _ in range(2000)}
@@ -98,7 +109,7 @@ def test_invented_words_are_never_words_of_the_evaluation():
     assert all(3 <= len(word) <= 8 for word in made)
 
 
-@pytest.mark.parametrize("kind", (*scenes.KINDS, scenes.PAGE))
+@pytest.mark.parametrize("kind", (*scenes.KINDS, scenes.CROWD, scenes.PAGE))
 def test_every_thing_lies_in_the_picture_and_is_really_drawn_there(art, kind):
     for index in range(6):
         scene = scenes.render(art, scenes.TRAIN, 1, index, kind=kind)
