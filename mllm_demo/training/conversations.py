@@ -37,8 +37,8 @@ AGAIN_WEIGHT = 3.0
 VERDICT, VERDICT_WEIGHT = ", so", 6.0  # what an answer concludes after this is one token, and all that was asked
 # How often each kind of picture is talked about.
 MIX = {
-    "single": 0.06, "same": 0.12, CROWD: 0.08, "objects": 0.10, "shapes": 0.09, "mixed": 0.02, "text": 0.20,
-    "chart": 0.25, PAGE: 0.08,
+    "single": 0.06, "same": 0.15, CROWD: 0.08, "objects": 0.09, "shapes": 0.08, "mixed": 0.02, "text": 0.20,
+    "chart": 0.25, PAGE: 0.07,
 }  # fmt: skip
 # Answers of which one token tells everything weigh more: elsewhere it is outnumbered.
 TASK_WEIGHTS = {"counting": 3.0, "total": 3.0, "reading": 1.5, "word": 1.5, "chart": 2.0, "table": 1.5, "told": 1.5}

@@ -269,6 +269,8 @@ def render(
         picture.text()
     elif kind == PAGE:
         picture.page()
-    else:
+    elif kind == "chart":
         picture.draw_chart(chart)
+    else:
+        raise ValueError(f"There is no kind of scene called {kind!r}: {', '.join((*KINDS, CROWD, PAGE))}.")
     return picture.finish()

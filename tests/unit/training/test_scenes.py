@@ -102,6 +102,11 @@ def test_a_crowd_shows_several_of_one_kind_beside_another_and_only_where_it_is_a
     assert {things[0].kind for things in pictures} == {"object", "shape"}
 
 
+def test_a_kind_of_scene_that_there_is_not_is_said_to_be_none(art):
+    with pytest.raises(ValueError, match="'crowds'.*crowd, page"):
+        scenes.render(art, scenes.TRAIN, 4, 0, kind="crowds")
+
+
 def test_invented_words_are_never_words_of_the_evaluation():
     rng = np.random.default_rng(0)
     made = {invented(rng) for _ in range(2000)}
