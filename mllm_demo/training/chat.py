@@ -189,7 +189,7 @@ def main() -> None:
     parser.add_argument("--stage", type=int, choices=(1, 2, 3), required=True)
     parser.add_argument("--experts", type=int, default=4)
     add_flags(parser, steps=400, batch_size=8, lr=1.5e-3, every=50, out=Path("runs/chat"))
-    parser.add_argument("--reader-lr", type=float, default=3e-4)
+    parser.add_argument("--reader-lr", type=float, default=3e-4, help="0 leaves tower and connector as they are")
     parser.add_argument("--tower", type=Path, default=TAUGHT_FILE, help="what stage 0 taught")
     parser.add_argument("--init", type=Path, help="go on from a model in the layout of assets/bundled, in stage 3")
     parser.add_argument("--average", type=float, default=0.98, help="how much of the average of weights a step keeps")
@@ -211,7 +211,7 @@ def main() -> None:
     rank, world, device = begin(options)
 
     model, processor, written = build(options, device, rank)
-    reader = reader_of(model).requires_grad_(not options.middle)
+    reader = reader_of(model).requires_grad_(not options.middle and options.reader_lr > 0)
     quicken(model, device, options.compile)
     adapter = [p for name, p in model.named_parameters() if p.requires_grad and "lora_" in name]
     place_head = PlaceHead(model.config.text_config.hidden_size).to(device)

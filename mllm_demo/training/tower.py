@@ -161,8 +161,8 @@ def dense_heads(model, processor, device: torch.device, taught: dict | None = No
 @torch.no_grad()
 def dense_accuracy(see, heads: DenseHeads, loader: DataLoader, device: torch.device) -> dict[str, float]:
     """Shares on held-out pictures: cells with a thing and empty cells named right, letters right (one by one; all, in
-    cells of two), boxes with an intersection over union of 0.5, values within 5 % of the range, colours, counts (all;
-    above one), ranks (all; both in cells of labels)."""
+    cells of two; all there are, in pictures with any), boxes with an intersection over union of 0.5, values within 5 %
+    of the range, colours, counts (all; above one), ranks (all; both in cells of labels)."""
     hits: dict[str, list[torch.Tensor]] = {}
     for pixels, target in loader:
         target = target.map(lambda array: array.to(device))
@@ -184,6 +184,7 @@ def dense_accuracy(see, heads: DenseHeads, loader: DataLoader, device: torch.dev
             "empty": named[target.centred == 0],
             "letters": read[target.letters > 0],
             "pairs": read.all(-1)[(target.letters > 0).sum(-1) == 2],
+            "whole": read.all(-1).all(-1)[(target.letters > 0).any(-1).any(-1)],
             "boxes": overlap(first, second) >= 0.5,
             "written boxes": overlap(written, second) >= 0.5,
             "tens": tens == box_digits(second)[..., 0],

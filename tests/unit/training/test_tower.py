@@ -30,8 +30,8 @@ def test_the_right_edge_of_the_picture_is_ten_tens():
     assert box_digits(torch.tensor([0.0, 0.095, 0.996, 1.0])).tolist() == [[0, 0], [1, 0], [10, 0], [10, 0]]
 
 
-def target_of(art, kind: str) -> CellTargets:
-    made = cell_targets(render(art, HELD_OUT, 3, 0, kind=kind), SIDE)
+def target_of(art, kind: str, index: int = 0) -> CellTargets:
+    made = cell_targets(render(art, HELD_OUT, 3, index, kind=kind), SIDE)
     return CellTargets(*(torch.from_numpy(array)[None] for array in made))
 
 
