@@ -246,14 +246,15 @@ def teach(
     masters: Masters | None = None,
 ) -> None:
     """The rest of a run: a step a batch, on the sum of `losses_of(*batch)`, each times its weight, if any; `masters`:
-    what `optimizer` steps for a model in a narrower dtype.
+    what `optimizer` steps for a model in a narrower dtype. A group of the optimizer with a "share" learns at that share
+    of the rate.
 
     Every `options.every` steps and at the end the first process logs `held_out()` and a checkpoint is written.
     """
     learning = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for batch in batches:
         for group in optimizer.param_groups:
-            group["lr"] = options.lr * cosine(run.step, run.steps, warmup)
+            group["lr"] = options.lr * group.get("share", 1.0) * cosine(run.step, run.steps, warmup)
         losses = losses_of(*batch)
         sum(loss * (weights[name] if weights else 1) for name, loss in losses.items()).backward()
         if masters:

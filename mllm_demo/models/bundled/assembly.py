@@ -25,8 +25,8 @@ from mllm_demo.models.bundled.tower import TesseraVisionConfig
 
 IMAGE_TOKEN = "<image>"
 VISION_CONFIG = "vision_config.json"
-# In names of what vision files may not hold: residual blocks, and those from before 0.10, and before 0.8.
-BRANCHES = (".context.detail.refine.", ".context.detail.strokes.", ".context.detail.")
+# In names of what vision files may not hold: the fifth layer, residual blocks, and parts from before 0.10 and 0.8.
+BRANCHES = (".context.layers.4.", ".context.detail.refine.", ".context.detail.strokes.", ".context.detail.")
 VISION_PARTS = ("model.vision_tower.", "model.multi_modal_projector.")
 # ImageNet statistics, which the tower's published weights expect.
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -43,7 +43,7 @@ CHAT_TEMPLATE = (
 def vision_config(path: Path | None) -> TesseraVisionConfig:
     """The tower's shape as recorded beside the vision weights in `path`; None: the shape that is trained today."""
     if path is None:
-        return TesseraVisionConfig(detail_residuals=True)
+        return TesseraVisionConfig(detail_residuals=True, num_hidden_layers=5)
     try:
         return TesseraVisionConfig(**json.loads(path.with_name(VISION_CONFIG).read_text()))
     except (OSError, ValueError, TypeError) as error:
@@ -120,9 +120,9 @@ def save_vision(model, path: Path) -> None:
 
 
 def put_vision(model, state: Mapping[str, torch.Tensor]) -> None:
-    """Gives `model` a tower and connector named as `vision_state` does, also those from before the tower's branch for
-    detail, or from before a part of it, which then tells nothing; raises `CheckpointError` if others are missing or
-    unexpected."""
+    """Gives `model` a tower and connector named as `vision_state` does, also those from before its last layer, or
+    the tower's branch for detail or a part of that, which then tell nothing; raises `CheckpointError` if others are
+    missing or unexpected."""
     needed = vision_state(model).keys()
     for branch in BRANCHES:
         if not any(branch in name for name in state):

@@ -35,6 +35,7 @@ STROKES_SIZE = STROKES_FOLD**2 * STAGES[STROKES_STAGE][1]
 DETAIL_SIZE = DETAIL_FOLD**2 * STAGES[DETAIL_STAGE][1] + STROKES_SIZE
 COARSE_SIZE = FINE_FOLD**2 * STAGES[FINE_STAGE][1] + STAGES[-1][1]
 JOINED_SIZE = COARSE_SIZE + DETAIL_SIZE
+FIRST_LAYERS = 4  # of transformer layers; those that follow came later
 
 
 class TesseraVisionConfig(PretrainedConfig):
@@ -198,6 +199,14 @@ class Context(nn.Module):
         )
         self.layers = nn.ModuleList(SiglipEncoderLayer(layer) for _ in range(config.num_hidden_layers))
 
+    @property
+    def silent(self) -> list[nn.Module]:
+        """What adds to tokens at the end of a branch that came later, and is zero until it is taught: a tower from
+        before it reads pictures as it did."""
+        refine = [block.net[-1] for block in self.detail.refine if isinstance(block, Residual)]
+        later = [part for layer in self.layers[FIRST_LAYERS:] for part in (layer.self_attn.out_proj, layer.mlp.fc2)]
+        return [self.detail.proj, self.detail.strokes[-1], *refine, *later]
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         coarse, detail = x.split((COARSE_SIZE, DETAIL_SIZE), dim=-1)
         x = self.proj(self.norm(coarse)) + self.detail(detail) + (self.row_embed + self.column_embed).flatten(0, 1)
@@ -233,9 +242,7 @@ class TesseraVisionModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, Context):  # asked here because modules without weights of their own are passed over
-            detail = module.detail
-            residuals = [block.net[-1] for block in detail.refine if isinstance(block, Residual)]
-            for last in (detail.proj, detail.strokes[-1], *residuals):
+            for last in module.silent:
                 init.zeros_(last.weight)
                 init.zeros_(last.bias)
 

@@ -24,7 +24,7 @@ from mllm_demo.models.bundled.tower import DETAIL_SIZE, JOINED_SIZE, STROKES_SIZ
 @pytest.fixture(scope="module")
 def tower() -> TesseraVisionModel:
     torch.manual_seed(0)
-    return TesseraVisionModel(TesseraVisionConfig(detail_residuals=True)).eval()
+    return TesseraVisionModel(vision_config(None)).eval()
 
 
 class Holder(nn.Module):
@@ -130,6 +130,7 @@ def test_a_foreign_vision_file_is_refused_by_the_first_odd_key(tower, tmp_path):
         (".detail.", "detail.proj.bias"),
         (".strokes.", "detail.strokes.3.bias"),
         (".refine.", "detail.refine.1.net.3.bias"),
+        (".layers.4.", "layers.4.self_attn.v_proj.weight"),
     ],
 )
 def test_a_vision_file_from_before_a_branch_reads_pictures_as_it_did(tower, tmp_path, branch, last):
@@ -152,10 +153,14 @@ def test_a_vision_file_from_before_a_branch_reads_pictures_as_it_did(tower, tmp_
         load_vision(Holder(tower), file)
 
 
-def test_a_tower_without_residual_blocks_refuses_a_file_with_them(tower, tmp_path):
+@pytest.mark.parametrize(
+    "config, odd",
+    [(TesseraVisionConfig(num_hidden_layers=5), "refine"), (TesseraVisionConfig(detail_residuals=True), "layers.4")],
+)
+def test_a_tower_without_a_branch_refuses_a_file_with_it(tower, tmp_path, config, odd):
     save_vision(Holder(tower), tmp_path / "vision.safetensors")
-    with pytest.raises(CheckpointError, match="refine.* is missing or unexpected"):
-        load_vision(Holder(TesseraVisionModel(TesseraVisionConfig())), tmp_path / "vision.safetensors")
+    with pytest.raises(CheckpointError, match=f"{re.escape(odd)}.* is missing or unexpected"):
+        load_vision(Holder(TesseraVisionModel(config)), tmp_path / "vision.safetensors")
 
 
 def test_detail_belongs_to_the_token_whose_place_it_comes_from():

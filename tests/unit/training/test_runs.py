@@ -1,6 +1,7 @@
 """A training run survives being killed and goes on only as what it was; narrow weights follow their float32 copies."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mllm_demo.errors import CheckpointError, SettingsError
-from mllm_demo.training.runs import Masters, Run, average_gradients, cosine
+from mllm_demo.training.runs import Masters, Run, average_gradients, cosine, teach
 
 
 def steps(folder, count: int, stop: int | None = None) -> torch.Tensor:
@@ -41,6 +42,17 @@ def test_the_curve_is_logged_line_by_line(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4, 6]
     assert all({"samples/s", "minutes left", "loss"} <= row.keys() for row in rows)
+
+
+def test_parameters_with_a_share_move_at_that_share_of_the_rate(tmp_path):
+    slow, fast = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.SGD([{"params": [slow], "share": 0.25}, {"params": [fast]}])
+    options = SimpleNamespace(lr=0.1, every=10)
+    run = Run(tmp_path, {}, steps=3, batch_size=1)
+    losses = lambda target: {"loss": (slow + fast - target).sum()}  # noqa: E731
+    teach(run, optimizer, [(1.0,)] * 3, losses, dict, options, warmup=1, clip=100.0)
+    assert fast.abs().min() > 0.1
+    assert torch.allclose(slow, 0.25 * fast)
 
 
 def test_only_the_first_process_writes(tmp_path):
