@@ -39,7 +39,7 @@ TITLES = {
     **dict.fromkeys(("onward-4", "middle-4", "picked-4", "firsts-4", "pages-4", "mended-4"), "to 0.12"),
     **dict.fromkeys(("print-4", "asked-4", "opened-4"), "to 0.13"),
     **dict.fromkeys(("settled-4", "spelled-4", "common-4", "branch-4", "read-4"), "to 0.14"),
-    **dict.fromkeys(("further-4", "gaps-4", "crowds-4", "adapter-4"), "on from 0.14"),
+    **dict.fromkeys(("further-4", "gaps-4", "crowds-4", "adapter-4", "layer-4"), "to 0.15"),
     "stage2-1": SINGLE,
     "stage3-1": SINGLE,
 }
