@@ -141,10 +141,10 @@ def main() -> None:
     reader.requires_grad_(True)
     if options.compile:
         reader.compile()
-    new = {id(parameter) for layer in reader["context"].layers[FIRST_LAYERS:] for parameter in layer.parameters()}
-    learned = [parameter for parameter in reader.parameters() if id(parameter) not in new]
-    fresh = [parameter for parameter in reader.parameters() if id(parameter) in new]
-    groups = [{"params": learned, "share": options.share}, {"params": [*fresh, *heads.parameters()]}]
+    fresh = [*reader["context"].layers[FIRST_LAYERS:].parameters(), *heads.parameters()]
+    known = set(reader.parameters()).difference(fresh)
+    learned = [parameter for parameter in reader.parameters() if parameter in known]
+    groups = [{"params": learned, "share": options.share}, {"params": fresh}]
     optimizer = torch.optim.AdamW(groups, lr=options.lr, weight_decay=0.0)
     parts = {"reader": reader, "heads": heads, "optimizer": optimizer}
     run = Run(options.out, parts, options.steps, options.batch_size, rank)

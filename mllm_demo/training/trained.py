@@ -27,8 +27,6 @@ def load_trained(quantization: str, bundle: Path | None = None) -> LoadedModel:
         shipped = base.model.vision_tower
         if shape.image_size != shipped.config.image_size:
             raise CheckpointError(f"{bundle} sees pictures of another size than the shipped model; put it there.")
-        parts = ("detail_residuals", "num_hidden_layers")
-        if any(getattr(shape, part) != getattr(shipped.config, part) for part in parts):
-            base.model.vision_tower = TesseraVisionModel(shape).to(shipped.device, shipped.dtype).eval()
+        base.model.vision_tower = TesseraVisionModel(shape).to(shipped.device, shipped.dtype).eval()
         load_vision(base, bundle / VISION_FILE.name)
     return loaded

@@ -21,12 +21,13 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from mllm_demo.errors import CheckpointError
-from mllm_demo.models.bundled.tower import TesseraVisionConfig
+from mllm_demo.models.bundled.tower import FIRST_LAYERS, TesseraVisionConfig
 
 IMAGE_TOKEN = "<image>"
 VISION_CONFIG = "vision_config.json"
+DETAIL = ".context.detail."
 # In names of what vision files may not hold: the fifth layer, residual blocks, and parts from before 0.10 and 0.8.
-BRANCHES = (".context.layers.4.", ".context.detail.refine.", ".context.detail.strokes.", ".context.detail.")
+BRANCHES = (f".context.layers.{FIRST_LAYERS}.", f"{DETAIL}refine.", f"{DETAIL}strokes.", DETAIL)
 VISION_PARTS = ("model.vision_tower.", "model.multi_modal_projector.")
 # ImageNet statistics, which the tower's published weights expect.
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -43,7 +44,7 @@ CHAT_TEMPLATE = (
 def vision_config(path: Path | None) -> TesseraVisionConfig:
     """The tower's shape as recorded beside the vision weights in `path`; None: the shape that is trained today."""
     if path is None:
-        return TesseraVisionConfig(detail_residuals=True, num_hidden_layers=5)
+        return TesseraVisionConfig(detail_residuals=True, num_hidden_layers=FIRST_LAYERS + 1)
     try:
         return TesseraVisionConfig(**json.loads(path.with_name(VISION_CONFIG).read_text()))
     except (OSError, ValueError, TypeError) as error:

@@ -49,8 +49,11 @@ def test_parameters_with_a_share_move_at_that_share_of_the_rate(tmp_path):
     optimizer = torch.optim.SGD([{"params": [slow], "share": 0.25}, {"params": [fast]}])
     options = SimpleNamespace(lr=0.1, every=10)
     run = Run(tmp_path, {}, steps=3, batch_size=1)
-    losses = lambda target: {"loss": (slow + fast - target).sum()}  # noqa: E731
-    teach(run, optimizer, [(1.0,)] * 3, losses, dict, options, warmup=1, clip=100.0)
+
+    def losses_of(target: float) -> dict[str, torch.Tensor]:
+        return {"loss": (slow + fast - target).sum()}
+
+    teach(run, optimizer, [(1.0,)] * 3, losses_of, dict, options, warmup=1, clip=100.0)
     assert fast.abs().min() > 0.1
     assert torch.allclose(slow, 0.25 * fast)
 

@@ -11,20 +11,20 @@ from mllm_demo.models.bundled.assembly import save_vision, vision_config
 from mllm_demo.models.bundled.tower import TesseraVisionConfig, TesseraVisionModel
 from mllm_demo.models.bundled.weights import VISION_FILE
 from mllm_demo.training import trained
+from tests.unit.models.test_bundled import Holder
 
 
-def whole(config: TesseraVisionConfig) -> nn.Module:
+def whole(config: TesseraVisionConfig) -> Holder:
     """The two parts of a whole model that its vision file holds; no part of the tower is silent."""
     torch.manual_seed(0)
     tower = TesseraVisionModel(config)
     for part in tower.context.silent:
         nn.init.normal_(part.weight, std=0.02)
-    parts = nn.ModuleDict({"vision_tower": tower, "multi_modal_projector": nn.Linear(4, 4)})
-    return nn.ModuleDict({"model": parts}).eval()
+    return Holder(tower).eval()
 
 
 @pytest.fixture
-def shipped(monkeypatch) -> nn.Module:
+def shipped(monkeypatch) -> Holder:
     """What a bundle is put on."""
     model = whole(vision_config(None))
     loaded = SimpleNamespace(model=SimpleNamespace(base_model=SimpleNamespace(model=model)))
