@@ -9,14 +9,14 @@
     python -m mllm_demo.training.chat --stage 3 --init assets/bundled --out runs/more --export --blend 0.5  # half-way
     torchrun --nproc-per-node 2 -m mllm_demo.training.chat --threads 1 ... # one process a core, gradients averaged
 
-`--experts 1` in stages 2 and 3 goes on with a single LoRA of the same active rank, for comparison. Every other step is
-made on the language model's weights rounded to NF4, so the adapter learns to live with those that are shipped and with
-those of 16 bit alike.
+`--experts 1` in stages 2 and 3 goes on with a single LoRA of the same active rank, for comparison. Three of four steps
+are made on the language model's weights rounded to NF4, which are shipped, and the fourth on those of 16 bit, so the
+adapter learns to live with both.
 Beside the adapter learns the reader: the tower's transformer layers and the connector; the convolutions stay as they
 are. Loss: on answers, on drifting away from the language model's own speech where there is text alone or talk that
 needs no picture, on not knowing where things are in the middle of the language model (see `placing`), on image tokens
 from which stage 0's heads can no longer read names, letters, counts, values and ranks, and on unevenly used experts.
-Beside every batch of stage 3, `--readings` sequences of `reading` keep what that lesson taught.
+Beside every batch of stage 3, `--readings` sequences of `reading` keep what that lesson taught, and count things.
 `--middle` is a lesson about charts, most of all about which part is largest or smallest, for the adapter up to the
 layer that is asked for places: nothing above it is computed and the reader stays as it is, which takes half the time.
 What is said afterwards is stage III's to mend.
@@ -55,7 +55,7 @@ from mllm_demo.training.base import TAUGHT_FILE, build_model, load_taught, read_
 from mllm_demo.training.concepts import CellTargets
 from mllm_demo.training.conversations import IGNORED, MIX, Conversations, Encoder, collate
 from mllm_demo.training.placing import UNKNOWN, PlaceHead
-from mllm_demo.training.reading import readings_to_learn, said
+from mllm_demo.training.reading import BESIDE, readings_to_learn, said
 from mllm_demo.training.runs import (
     Masters,
     Run,
@@ -73,6 +73,7 @@ from mllm_demo.training.tower import DENSE, DenseHeads, dense_heads
 WEIGHTS = {"answers": 1.0, "text": 3.0, "talk": 2.0, "tokens": 0.5, "reading": 1.0}
 WEIGHTS |= {"columns": 1.0, "rows": 0.25, "values": 0.5, "counts": 0.5, "extremes": 1.5}  # what the middle tells
 PLACE_LR = 2e-3
+EXACT = 4  # of so many steps one is made on weights of 16 bit
 
 
 def folder_of(options, stage: int) -> Path:
@@ -253,7 +254,9 @@ def main() -> None:
         data, options.batch_size // world, num_workers=options.workers, collate_fn=partial(collate, pad=pad)
     )  # fmt: skip
 
-    beside_it = readings_to_learn(options, run, world, encoder, options.readings) if options.readings else repeat(None)
+    beside_it = repeat(None)
+    if options.readings:
+        beside_it = readings_to_learn(options, run, world, encoder, options.readings, BESIDE)
     letters = Letters.of(cell_heads) if options.readings else None
 
     weights = WEIGHTS | {"balance": BALANCE.get(options.stage, 0.0)}
@@ -266,7 +269,7 @@ def main() -> None:
     for batch, readings in zip(loader, beside_it, strict=False):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * cosine(run.step, options.steps, 25)
-        rounding.use(run.step % 2 == 0)
+        rounding.use(run.step % EXACT > 0)
         batch = {name: value.to(device) for name, value in batch.items()}
         if options.middle:
             losses = losses_of_middle(model, place_head, batch)

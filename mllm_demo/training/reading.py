@@ -9,12 +9,14 @@ read cells of several letters, which in a conversation about a picture are a few
 tokens of cells with letters are left of a picture, each at the position that it always has, and only what is written is
 asked for. Of every second picture the letters are put into the tokens as they should be (`tokens.Letters`), so that
 a wrong answer is the language model's own fault; of the others it learns to make the best of what tokens tell.
+Beside stage III it is also asked how many things there are: what heads read off tokens it said wrong as well.
 Tower and connector stay as they are; what is said of anything else is stage III's to mend. The language model's weights
 are rounded to NF4 every other step, as there. It knows nothing of how tokens came to tell letters.
 """
 
 import argparse
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -30,16 +32,19 @@ from mllm_demo.models.bundled.weights import ADAPTER, VISION_FILE
 from mllm_demo.training import art
 from mllm_demo.training.adapted import BALANCE, Rounding, export, hidden_states, missed, parts_of, quicken, see
 from mllm_demo.training.base import add_lesson_flags, build_model, read_heads
-from mllm_demo.training.concepts import CellTargets, cell_targets
+from mllm_demo.training.concepts import UNKNOWN, CellTargets, cell_targets
 from mllm_demo.training.conversations import IGNORED, Encoder, Sample, collate
 from mllm_demo.training.questions import Question, ask
 from mllm_demo.training.runs import Masters, Run, add_flags, begin, leave_processes, teach
 from mllm_demo.training.scenes import SPLITS, render
-from mllm_demo.training.things import PAGE, Scene
+from mllm_demo.training.things import CROWD, PAGE, Scene
 from mllm_demo.training.tokens import Letters
 from mllm_demo.training.tower import dense_heads
 
 MIX = {"text": 0.38, "chart": 0.42, PAGE: 0.2}
+COUNTED = ("same", CROWD, "shapes")
+BESIDE = {"text": 0.22, "chart": 0.25, PAGE: 0.1, "same": 0.19, CROWD: 0.14, "shapes": 0.1}  # stage III
+GROUND = 0.2  # of a counted picture's cells without a thing, how many are left
 WORDS = {"text": 2, "chart": 2, PAGE: 4}  # single words that are asked for at most
 BAND = 3  # rows of cells that are left of a page
 PERFECT = 0.5  # of the pictures
@@ -69,7 +74,11 @@ def between(scene: Scene, top: float, bottom: float) -> Scene:
 
 
 def asked(rng: np.random.Generator, scene: Scene) -> list[Question]:
-    """Questions about what is written, all with different answers; none where nothing is."""
+    """Questions about what is written, all with different answers; none where nothing is. Of counted pictures: how
+    many there are of what, all different numbers."""
+    if scene.kind in COUNTED:
+        found = [ask(rng, scene, task) for task in rng.permutation(["counting", "counting", "counting", "total"])]
+        return list({question.key: question for question in found if question is not None}.values())
     whole = None if scene.kind == PAGE else ask(rng, scene, "reading" if scene.chart is None else "caption")
     words = WORDS[scene.kind] if whole is None or rng.random() < 0.5 else 0
     found = [*(ask(rng, scene, "word") for _ in range(words)), whole]
@@ -77,20 +86,23 @@ def asked(rng: np.random.Generator, scene: Scene) -> list[Question]:
 
 
 class Readings(Dataset):
-    """Picture number `start + i` of a split. `batch` of them at a time are of one kind, so that little is padding."""
+    """Picture number `start + i` of a split. `batch` of them at a time are of one kind, so that little is padding;
+    `mix`: how often of each."""
 
     def __init__(
-        self, art_folder: Path, split: str, seed: int, count: int, encoder: Encoder, *, batch: int, start: int = 0
-    ):
+        self, art_folder: Path, split: str, seed: int, count: int, encoder: Encoder, *, batch: int, start: int = 0,
+        mix: Mapping[str, float] = MIX,
+    ):  # fmt: skip
         self.art_folder, self.split, self.seed, self.count = art_folder, SPLITS[split], seed, count
-        self.encoder, self.batch, self.start = encoder, batch, start
+        self.encoder, self.batch, self.start, self.mix = encoder, batch, start, mix
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> Reading:
         index += self.start
-        kind = str(np.random.default_rng((self.seed, 78, index // self.batch)).choice(list(MIX), p=list(MIX.values())))
+        of_batch = np.random.default_rng((self.seed, 78, index // self.batch))
+        kind = str(of_batch.choice(list(self.mix), p=list(self.mix.values())))
         rng, turns = np.random.default_rng((self.seed, 79, index)), []
         side = math.isqrt(len(self.encoder.image))
         while not turns:
@@ -102,10 +114,14 @@ class Readings(Dataset):
             turns = [(question.prompt, question.answer) for question in asked(rng, part)]
         pixels = self.encoder.processor.image_processor(scene.image, return_tensors="pt").pixel_values[0]
         cells = cell_targets(scene, side).map(torch.from_numpy)
-        near = CellTargets(*(part[None] for part in cells)).near_letters[0].view(side, side)
-        near[:top], near[bottom:] = False, False
+        if kind in COUNTED:
+            seen = (cells.counts != UNKNOWN) | torch.from_numpy(rng.random(side * side) < GROUND)
+        else:
+            near = CellTargets(*(part[None] for part in cells)).near_letters[0].view(side, side)
+            near[:top], near[bottom:] = False, False
+            seen = near.flatten()
         whole = replace(self.encoder.encode(turns, pixels), cells=cells)
-        return cut(whole, near.flatten(), self.encoder.processor.image_token_id, bool(rng.random() < PERFECT))
+        return cut(whole, seen, self.encoder.processor.image_token_id, bool(rng.random() < PERFECT))
 
 
 def cut(whole: Sample, seen: torch.Tensor, image_token: int, perfect: bool) -> Reading:
@@ -128,12 +144,13 @@ def together(readings: list[Reading], pad: int) -> dict[str, torch.Tensor]:
 
 
 def readings_to_learn(
-    options: argparse.Namespace, run: Run, world: int, encoder: Encoder, batch_size: int
-) -> DataLoader:
+    options: argparse.Namespace, run: Run, world: int, encoder: Encoder, batch_size: int,
+    mix: Mapping[str, float] = MIX,
+) -> DataLoader:  # fmt: skip
     """This process's share of the sequences that `run` has not seen yet, `batch_size` a step."""
     done = run.step * batch_size
     count = options.steps * batch_size - done
-    data = Readings(options.art, "train", options.seed, count, encoder, batch=batch_size, start=done)
+    data = Readings(options.art, "train", options.seed, count, encoder, batch=batch_size, start=done, mix=mix)
     gather = partial(together, pad=encoder.tokenizer.pad_token_id)
     data = Subset(data, range(run.rank, count, world))
     return DataLoader(data, batch_size // world, num_workers=options.workers, collate_fn=gather)

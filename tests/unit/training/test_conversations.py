@@ -15,6 +15,7 @@ from mllm_demo.training import conversations
 from mllm_demo.training.concepts import cell_targets
 from mllm_demo.training.conversations import (
     AGAIN_WEIGHT,
+    COUNT_WEIGHT,
     FIRST_WEIGHT,
     IGNORED,
     TENS_WEIGHT,
@@ -104,6 +105,21 @@ def test_what_a_comparison_concludes_weighs_most(encoder):
     weights = sample.weights[kept] / sample.weights[kept][0]
     heavy = [token for token, weight in zip(tokens, weights.tolist(), strict=True) if weight > 1]
     assert "".join(heavy) == "yes" and weights.max() == pytest.approx(VERDICT_WEIGHT)
+
+
+@pytest.mark.parametrize(
+    ("answer", "heavy"),
+    [
+        ("There are 4 cats.", " are 4"), ("There is 1 cat.", " is 1"), ("There are no cats.", " are no"),
+        ("Yes, there are 4 cats.", ""), ("There is a cat at [1, 2, 3, 4].", ""),
+    ],
+)  # fmt: skip
+def test_of_a_count_the_tokens_that_tell_it_weigh_most(encoder, answer, heavy):
+    sample = encoder.encode([("How many cats are there?", answer)], None)
+    kept = sample.labels != IGNORED
+    weights = sample.weights[kept] / sample.weights[kept][0]
+    told = weights.isclose(torch.tensor(COUNT_WEIGHT))
+    assert not told.any() if not heavy else encoder.tokenizer.decode(sample.labels[kept][told]) == heavy
 
 
 def test_first_digits_of_a_box_weigh_most_and_its_units_least_but_not_those_of_a_value(encoder):

@@ -12,7 +12,7 @@ from mllm_demo.training import reading
 from mllm_demo.training.adapted import missed
 from mllm_demo.training.conversations import IGNORED, Encoder, Sample
 from mllm_demo.training.placing import NOWHERE
-from mllm_demo.training.reading import Readings, asked, between, cut, right, together
+from mllm_demo.training.reading import BESIDE, COUNTED, GROUND, MIX, Readings, asked, between, cut, right, together
 from mllm_demo.training.scenes import SPLITS, render
 from mllm_demo.training.things import PAGE
 from tests.unit.training.test_conversations import Processor
@@ -84,6 +84,26 @@ def test_a_reading_has_an_image_token_for_every_cell_that_is_seen_and_answers_to
         lettered = (left.sample.cells.letters > 0).any(-1)
         assert left.seen[lettered].any() and (lettered | ~left.seen).float().mean() > 0.9  # the rest is by a border
     assert {left.perfect for left in made} == {True, False}
+
+
+@pytest.mark.parametrize("kind", COUNTED)
+def test_where_things_are_counted_their_cells_are_left_and_every_number_is_asked_for_once(readings, kind):
+    counted = Readings(Path("nowhere"), "train", 3, 64, readings.encoder, batch=4, mix={kind: 1.0})
+    made = [counted[index] for index in range(12)]
+    of_things = torch.stack([left.sample.cells.counts >= 0 for left in made])
+    seen = torch.stack([left.seen for left in made])
+    assert seen[of_things].all() and abs(seen[~of_things].float().mean() - GROUND) < 0.05
+    for left in made:
+        said = readings.encoder.tokenizer.decode(left.sample.labels[left.sample.labels != IGNORED])
+        answers = said.split("<|im_end|>")[:-1]
+        assert answers and all(answer.startswith(("There is 1 ", "There are ")) for answer in answers)
+        numbers = [answer.split()[2] for answer in answers]
+        assert len({*numbers}) == len(numbers) <= 4
+
+
+def test_beside_stage_three_texts_charts_and_counted_things_share_the_sequences():
+    assert sum(BESIDE.values()) == pytest.approx(1) == pytest.approx(sum(MIX.values()))
+    assert set(BESIDE) == {*MIX, *COUNTED}
 
 
 def test_pictures_are_the_same_whenever_a_run_goes_on(readings):
