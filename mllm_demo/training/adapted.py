@@ -21,6 +21,7 @@ from mllm_demo.training.conversations import IGNORED
 
 # Weight of the balance loss: strong while the routers find their first division of labour, weak afterwards.
 BALANCE = {2: 0.05, 3: 0.01}
+EXACT = 4  # of so many steps one is made on weights that are not rounded
 PLACED = 20  # the language model's layer, of 30, after which places are asked for
 
 
@@ -43,6 +44,10 @@ class Rounding:
     @torch.no_grad()
     def use(self, rounded: bool) -> None:
         torch._foreach_copy_(self.weights, self.rounded if rounded else self.exact)
+
+    def begin(self, step: int) -> None:
+        """Makes the weights those of step number `step`."""
+        self.use(step % EXACT > 0)
 
 
 def parts_of(model: nn.Module) -> nn.Module:

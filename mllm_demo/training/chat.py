@@ -73,7 +73,6 @@ from mllm_demo.training.tower import DENSE, DenseHeads, dense_heads
 WEIGHTS = {"answers": 1.0, "text": 3.0, "talk": 2.0, "tokens": 0.5, "reading": 1.0}
 WEIGHTS |= {"columns": 1.0, "rows": 0.25, "values": 0.5, "counts": 0.5, "extremes": 1.5}  # what the middle tells
 PLACE_LR = 2e-3
-EXACT = 4  # of so many steps one is made on weights of 16 bit
 
 
 def folder_of(options, stage: int) -> Path:
@@ -269,7 +268,7 @@ def main() -> None:
     for batch, readings in zip(loader, beside_it, strict=False):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * cosine(run.step, options.steps, 25)
-        rounding.use(run.step % EXACT > 0)
+        rounding.begin(run.step)
         batch = {name: value.to(device) for name, value in batch.items()}
         if options.middle:
             losses = losses_of_middle(model, place_head, batch)

@@ -45,7 +45,7 @@ from mllm_demo.training.things import COLOURS, MAX_COUNT
 FROZEN_STAGES = 3  # edges and textures: most of the backward cost, least to learn
 # What tokens must go on telling when they learn something else ("aligned": the choice among names), and how much of its
 # loss here counts there.
-DENSE = {"aligned": 0.5, "letters": 0.25, "values": 0.5, "counts": 1.0, "ranks": 0.5, "colours": 0.5, "tens": 0.1}
+DENSE = {"aligned": 0.5, "letters": 0.25, "values": 0.5, "counts": 2.0, "ranks": 0.5, "colours": 0.5, "tens": 0.1}
 LABELLED = 6.0  # how much a cell of a chart's label counts where its part is to be told: it is one of a dozen
 
 

@@ -198,6 +198,13 @@ def test_nothing_scrolls_sideways(visit, url, theme, width):
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
+def test_on_a_narrow_page_the_models_name_begins_beside_its_lamp(visit, url):
+    line = visit(url, width=390, height=844).get_by_role("status", name="Model")
+    lamp, name = (line.locator(part).bounding_box() for part in (".dot", ".name"))
+    assert lamp["x"] + lamp["width"] <= name["x"]
+    assert name["y"] <= lamp["y"] and lamp["y"] + lamp["height"] <= name["y"] + name["height"]
+
+
 def test_the_dark_page_draws_the_views_on_dark_paper(visit, url):
     page = visit(url, theme="dark")
     card = page.get_by_role("region", name="Words view")

@@ -21,6 +21,11 @@ def test_frozen_linear_weights_change_between_exact_and_rounded_in_place():
     assert torch.equal(frozen.weight, dequantize_4bit(packed, state)) and not torch.equal(frozen.weight, exact)
     rounding.use(rounded=False)
     assert torch.equal(frozen.weight, exact)
+    as_they_are = []
+    for step in range(8):
+        rounding.begin(step)
+        as_they_are.append(torch.equal(frozen.weight, exact))
+    assert as_they_are == [True, False, False, False] * 2
     assert torch.equal(learned.weight, untouched) and frozen.weight.data_ptr() == place
 
 
