@@ -253,10 +253,10 @@ def main() -> None:
         data, options.batch_size // world, num_workers=options.workers, collate_fn=partial(collate, pad=pad)
     )  # fmt: skip
 
-    beside_it = repeat(None)
+    beside_it, letters = repeat(None), None
     if options.readings:
         beside_it = readings_to_learn(options, run, world, encoder, options.readings, BESIDE)
-    letters = Letters.of(cell_heads) if options.readings else None
+        letters = Letters.of(cell_heads)
 
     weights = WEIGHTS | {"balance": BALANCE.get(options.stage, 0.0)}
     language_model = parts_of(model).language_model

@@ -35,9 +35,12 @@ FIRST_WEIGHT = 3.0  # of the first character that is spelled: it tells which tex
 # Of a space that is spelled, of the end of a text with spaces, and of a character that is said again: only there is it
 # asked whether a text goes on. The end's weight did not change how many texts are begun anew when they are over.
 AGAIN_WEIGHT = 3.0
-VERDICT, VERDICT_WEIGHT = ", so", 6.0  # what an answer concludes after this is one token, and all that was asked
-# Whether there is one, none or how many is told by what this finds but for its first word.
-COUNT, COUNT_WEIGHT = re.compile(r"There (is|are) (no|\d+)\b"), 3.0
+VERDICT_WEIGHT, COUNT_WEIGHT = 6.0, 3.0
+# What these find after their first words tells all that was asked: the verdict; whether there is one, none or how many.
+TELLING = (
+    (re.compile(r", so(.*?)\.?$"), VERDICT_WEIGHT),
+    (re.compile(r"^There( (?:is|are) (?:no|\d+))\b"), COUNT_WEIGHT),
+)
 # How often each kind of picture is talked about.
 MIX = {
     "single": 0.06, "same": 0.16, CROWD: 0.11, "objects": 0.09, "shapes": 0.09, "mixed": 0.02, "text": 0.17,
@@ -141,13 +144,10 @@ class Encoder:
                 weights[index] *= AGAIN_WEIGHT if char in (" ", before) else 1.0
             if " " in text:
                 weights[first + len(text)] *= AGAIN_WEIGHT
-        if count := COUNT.match(answer):
-            for index in range(len(self._ids(answer.split()[0])), len(self._ids(count[0]))):
-                weights[index] *= COUNT_WEIGHT
-        if VERDICT in answer:
-            first = len(self._ids(answer[: answer.index(VERDICT) + len(VERDICT)]))
-            for index in range(first, len(self._ids(answer.removesuffix(".")))):
-                weights[index] *= VERDICT_WEIGHT
+        for pattern, weight in TELLING:
+            if told := pattern.search(answer):
+                for index in range(*(len(self._ids(answer[:end])) for end in told.span(1))):
+                    weights[index] *= weight
         if BOX in answer:
             for index, (before, token) in enumerate(pairwise(reply), start=1):
                 if token in self._digits:

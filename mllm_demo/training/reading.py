@@ -11,7 +11,7 @@ asked for. Of every second picture the letters are put into the tokens as they s
 a wrong answer is the language model's own fault; of the others it learns to make the best of what tokens tell.
 Beside stage III it is also asked how many things there are: what heads read off tokens it said wrong as well.
 Tower and connector stay as they are; what is said of anything else is stage III's to mend. The language model's weights
-are rounded to NF4 three of four steps, as there. It knows nothing of how tokens came to tell letters.
+are rounded to NF4 as there. It knows nothing of how tokens came to tell letters.
 """
 
 import argparse

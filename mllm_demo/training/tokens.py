@@ -43,8 +43,8 @@ MIX = {
     PAGE: 0.07, "text": 0.12, "chart": 0.20, "same": 0.25, CROWD: 0.15, "single": 0.04, "shapes": 0.11, "objects": 0.06,
 }  # fmt: skip
 SHARPNESS = 20.0  # of the choice among letters by cosine
-# Letters four times what they weigh beside the language model: they are what this is for. Counts three times, since a
-# lesson with them as there lost some.
+# Letters four times what they weigh beside the language model: they are what this is for. Counts half as much again,
+# since a lesson with them as there lost some.
 WEIGHTS = {"kept": 0.5, "shown": 1.0, "told": 0.2} | DENSE | {"letters": 1.0, "counts": 3.0}
 
 
