@@ -156,7 +156,7 @@ def losses_of(
     """"answers": mean cross entropy over the tokens of answers, by their `weights`; "text" and "talk": mean
     Kullback-Leibler divergence, over the tokens of text alone and of talk that follows on pictures, of what the model
     says there from what its language model says without the adapter and without a picture; what `place_head` says of
-    places; "tokens": what `cell_heads` miss in image tokens."""
+    places; "tokens": what `cell_heads` miss in image tokens, where these are learned."""
     head = model.get_output_embeddings()
     ids, mask, is_text = (batch[name] for name in ("input_ids", "attention_mask", "is_text"))
     kept: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}  # what is wanted, and at which rows, tokens
@@ -172,7 +172,7 @@ def losses_of(
     tokens = see(model, batch["pixel_values"]) if "pixel_values" in batch else None
     hidden, middle = hidden_states(model, batch, tokens)
     losses = places_told(place_head, middle, batch)
-    if tokens is not None:
+    if tokens is not None and tokens.requires_grad:  # else neither they nor the heads have anything to learn
         told = cell_heads(tokens, CellTargets(*(batch[name] for name in CellTargets._fields)))
         losses["tokens"] = sum(weight * told[name] for name, weight in DENSE.items())
     answered = batch["labels"] != IGNORED
@@ -189,7 +189,7 @@ def main() -> None:
     parser.add_argument("--stage", type=int, choices=(1, 2, 3), required=True)
     parser.add_argument("--experts", type=int, default=4)
     add_flags(parser, steps=400, batch_size=8, lr=1.5e-3, every=50, out=Path("runs/chat"))
-    parser.add_argument("--reader-lr", type=float, default=3e-4, help="0 leaves tower and connector as they are")
+    parser.add_argument("--reader-lr", type=float, default=3e-4, help="0 leaves tower, connector and heads as they are")
     parser.add_argument("--tower", type=Path, default=TAUGHT_FILE, help="what stage 0 taught")
     parser.add_argument("--init", type=Path, help="go on from a model in the layout of assets/bundled, in stage 3")
     parser.add_argument("--average", type=float, default=0.98, help="how much of the average of weights a step keeps")

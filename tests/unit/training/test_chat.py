@@ -8,8 +8,10 @@ from transformers import LlamaModel
 
 from mllm_demo.training import adapted, chat
 from mllm_demo.training.adapters import single_lora
+from mllm_demo.training.concepts import CellTargets
 from mllm_demo.training.conversations import IGNORED, Sample, collate
 from mllm_demo.training.placing import COMPARED, NOWHERE, UNKNOWN, PlaceHead
+from mllm_demo.training.tower import DENSE
 from tests.unit.training.test_adapters import tiny
 
 
@@ -90,3 +92,23 @@ def test_the_lesson_of_the_middle_tells_of_places_as_the_whole_does_without_what
         lesson = chat.losses_of_middle(model, head, batch)
     assert lesson["extremes"] > 0 and len(layers) > 1
     assert all(torch.equal(value, whole[name]) for name, value in lesson.items())
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_heads_learn_what_tokens_tell_only_where_tokens_are_learned(monkeypatch, learned):
+    monkeypatch.setattr(adapted, "PLACED", 0)
+    model = single_lora(Tiny()).eval()
+    model.config.image_token_id = 9
+    monkeypatch.setattr(chat, "see", lambda model, pixels: torch.ones(1, 48, requires_grad=learned))
+    batch = collate([sample([3, 9, 4], [])], pad=0) | {"pixel_values": None}
+    batch |= dict.fromkeys(CellTargets._fields)
+    asked = []
+
+    def cell_heads(tokens, target):
+        asked.append(tokens)
+        return {name: tokens.mean() for name in DENSE}
+
+    losses = chat.losses_of(model, PlaceHead(48), cell_heads, batch)
+    assert ("tokens" in losses) == (len(asked) == 1) == learned
+    if learned:
+        assert losses["tokens"].item() == pytest.approx(sum(DENSE.values()))
