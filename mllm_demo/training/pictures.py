@@ -41,6 +41,7 @@ TITLES = {
     **dict.fromkeys(("settled-4", "spelled-4", "common-4", "branch-4", "read-4"), "to 0.14"),
     **dict.fromkeys(("further-4", "gaps-4", "crowds-4", "adapter-4", "layer-4"), "to 0.15"),
     "counted-4": "to 0.16",
+    "kept-4": "to 0.17",
     "stage2-1": SINGLE,
     "stage3-1": SINGLE,
 }
