@@ -1,4 +1,4 @@
-"""Whether experts divide work by task: mutual information with a permutation test, and each task's preferred experts.
+"""Whether experts divide work by task: what they are chosen for, what is lost without them, both tested by permutation.
 
 Numpy only. What is tested is a table of counts; it knows nothing of models, traces or what the tasks are. Tokens of one
 item (a picture with its question) are not independent, so labels are permuted between items, never between tokens.
@@ -49,3 +49,18 @@ def preferred(counts: np.ndarray, tasks: np.ndarray) -> np.ndarray:
     share = table / np.maximum(table.sum(-1, keepdims=True), 1)
     overall = table.sum(1, keepdims=True) / np.maximum(table.sum((1, 2)), 1)[:, None, None]
     return (share - overall).argmax(-1).T
+
+
+def belonging(damage: np.ndarray, permutations: int = 10_000, seed: int = 0) -> tuple[float, float]:
+    """`damage [tasks, tasks]`: how much the second task's loss rises without the experts that the first prefers.
+
+    → how much more a task loses without its own than without another's (mean of the diagonal less that of the rest),
+    and the share of permutations of masks among tasks (with the observed one) that reach it. A permutation keeps every
+    row and column, so neither a mask that hurts all tasks nor a task that every mask hurts counts for anything.
+    """
+    tasks = len(damage)
+    rng = np.random.default_rng(seed)
+    orders = rng.permuted(np.tile(np.arange(tasks), (permutations, 1)), axis=1)
+    reached = (damage[orders, np.arange(tasks)].sum(1) >= np.trace(damage) - 1e-12).sum()
+    rest = (damage.sum() - np.trace(damage)) / (tasks * (tasks - 1))
+    return float(np.trace(damage) / tasks - rest), float((1 + reached) / (1 + permutations))

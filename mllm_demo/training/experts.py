@@ -4,7 +4,8 @@
 
 For every router the mutual information between a question's task and the chosen expert, with a permutation test; then
 for every task the change of every task's loss when the experts that it prefers may not be chosen anywhere, beside the
-same with random other experts. It knows nothing of how the model was trained.
+change of its own without random other experts: with intervals, from resampling questions, and with a test whether a
+mask hurts most the task that it was made for. It knows nothing of how the model was trained.
 """
 
 import argparse
@@ -14,10 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn import functional
+from tqdm import tqdm
 
 from mllm_demo.models.loading import LoadedModel
 from mllm_demo.routing.controls import masked_experts
-from mllm_demo.routing.specialization import by_task, permutation_test, preferred
+from mllm_demo.routing.specialization import belonging, by_task, permutation_test, preferred
 from mllm_demo.routing.tap import RoutingTap
 from mllm_demo.routing.trace import Token
 from mllm_demo.settings import QUANTIZATIONS
@@ -27,6 +29,7 @@ from mllm_demo.training.questions import TASKS
 from mllm_demo.training.trained import HELP, load_trained
 
 BATCH = 24
+RESAMPLED = 4000
 READ = ("input_ids", "attention_mask", "pixel_values")  # what of a batch the model reads
 
 
@@ -50,7 +53,7 @@ def _inputs(loaded: LoadedModel, batch: dict[str, torch.Tensor]) -> dict[str, to
 def choices(loaded: LoadedModel, made: list[Sample], pad: int) -> tuple[np.ndarray, tuple[str, ...]]:
     """How many tokens of each item each expert served, int64 `[items, sites, experts]`, and the sites' names."""
     counts = []
-    for sample in made:
+    for sample in tqdm(made, desc="routing", leave=False):
         with RoutingTap(loaded.model) as tap:
             loaded.model(**_inputs(loaded, collate([sample], pad)), use_cache=False)
             # What a token says does not matter here, only which experts served it.
@@ -91,8 +94,12 @@ def losses(loaded: LoadedModel, batches: list[tuple[dict[str, torch.Tensor], tor
     return torch.cat(found).double().cpu().numpy()
 
 
-def per_task(values: np.ndarray, tasks: np.ndarray) -> np.ndarray:
-    return np.bincount(tasks, values) / np.bincount(tasks)
+def interval(differences: list[np.ndarray], seed: int) -> list[float]:
+    """Mean of `differences`, `[items]` for each task, and the ends of its 95 % interval: items resampled in each."""
+    differences = np.stack(differences)
+    drawn = np.random.default_rng(seed).integers(0, differences.shape[1], (RESAMPLED, *differences.shape))
+    spread = np.take_along_axis(differences[None], drawn, 2).mean((1, 2))
+    return [round(float(value), 4) for value in (differences.mean(), *np.quantile(spread, (0.025, 0.975)))]
 
 
 def main() -> None:
@@ -120,28 +127,42 @@ def main() -> None:
 
     rng, experts = np.random.default_rng(options.seed), counts.shape[-1]
     favourite = preferred(counts, tasks)  # (tasks, sites)
-    batches = batches_of(loaded, made, pad)
-    plain = per_task(losses(loaded, batches), tasks)
-    table = []
+    each = options.items  # of every task, one task after the other
+    answered = [batches_of(loaded, made[start : start + each], pad) for start in range(0, len(made), each)]
+    every = sum(answered, [])
+    plain = losses(loaded, every).reshape(len(TASKS), -1)
+
+    def change(mask: np.ndarray, batches: list, before: np.ndarray) -> np.ndarray:
+        with masked_experts(loaded.model, {site: [int(e)] for site, e in zip(sites, mask, strict=True)}):
+            return losses(loaded, batches).reshape(before.shape) - before
+
+    table, damage, beyond = [], [], []
     for number, task in enumerate(TASKS):
-        others = [(favourite[number] + rng.integers(1, experts, len(sites))) % experts for _ in range(options.controls)]
-        changes = []
-        for mask in (favourite[number], *others):
-            with masked_experts(loaded.model, {site: [int(e)] for site, e in zip(sites, mask, strict=True)}):
-                changes.append(per_task(losses(loaded, batches), tasks) - plain)
-        own, control = changes[0], np.mean(changes[1:], axis=0)
-        table.append({"task": task, "loss": plain[number], "masked": own.tolist(), "random others": control.tolist()})
-        rest = np.delete(own, number).mean()
+        own = change(favourite[number], every, plain)  # (tasks, items)
+        shifts = rng.integers(1, experts, (options.controls, len(sites)))
+        masks = (favourite[number] + shifts) % experts
+        control = np.mean([change(mask, answered[number], plain[number]) for mask in masks], axis=0)
+        damage.append(own.mean(1))
+        beyond.append(own[number] - control)
+        row = {"task": task, "loss": plain[number].mean(), "masked": own.mean(1).tolist()}
+        row |= {"random others": control.mean(), "beyond": interval(beyond[-1:], options.seed)}
+        table.append(row)
         print(
-            f"{task:12} loss {plain[number]:.3f}; without its preferred experts {own[number]:+.3f} "
-            f"(other tasks {rest:+.3f}), without random others {control[number]:+.3f}",
+            f"{task:12} loss {row['loss']:.3f}; without its preferred experts {own[number].mean():+.3f} "
+            f"(other tasks {np.delete(own, number, axis=0).mean():+.3f}), without random others {control.mean():+.3f}; "
+            "{:+.3f} between them ({:+.3f} to {:+.3f})".format(*row["beyond"]),
             flush=True,
         )
+    whole = interval(beyond, options.seed)
+    gap, p_value = belonging(np.array(damage), seed=options.seed)
+    print("all tasks, preferred against random others: {:+.3f} ({:+.3f} to {:+.3f})".format(*whole))
+    print(f"a task's own mask against other tasks' masks: {gap:+.3f}, p = {p_value:.4f}")
     if options.out:
         report = {"sites": sites, "information": found.information.tolist(), "p": found.p_value.tolist()}
         table_of = by_task(counts, tasks)
         report["shares"] = (table_of / table_of.sum(-1, keepdims=True)).round(4).tolist()  # (sites, tasks, experts)
         report |= {"expected": found.expected.tolist(), "masking": table, "items": options.items}
+        report |= {"beyond random others": whole, "own mask": {"gap": gap, "p": p_value}, "controls": options.controls}
         options.out.write_text(json.dumps(report, indent=1) + "\n")
 
 

@@ -158,7 +158,7 @@ def experts(report: dict) -> Figure:
     figure.colorbar(image, ax=middle, format="{x:.0%}", fraction=0.05)
 
     own = [row["masked"][index] for index, row in enumerate(report["masking"])]
-    other = [row["random others"][index] for index, row in enumerate(report["masking"])]
+    other = [row["random others"] for row in report["masking"]]
     heights = np.arange(len(tasks))
     right.barh(heights - 0.2, own, 0.4, label="its preferred experts masked")
     right.barh(heights + 0.2, other, 0.4, color="lightgrey", label="random others masked")

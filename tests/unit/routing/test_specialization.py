@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mllm_demo.routing.specialization import by_task, mutual_information, permutation_test, preferred
+from mllm_demo.routing.specialization import belonging, by_task, mutual_information, permutation_test, preferred
 
 TASKS = np.repeat([0, 1, 2], 20)
 
@@ -45,3 +45,26 @@ def test_division_of_labour_is_found_where_it_is():
     assert found.p_value[1] == pytest.approx(1 / 201) and found.information[1] > 10 * found.expected[1]
     assert preferred(counts, TASKS)[:, 1].tolist() == [0, 1, 2]
     assert preferred(counts, TASKS).shape == (3, 3)
+
+
+def test_a_mask_that_hurts_everything_and_a_task_that_everything_hurts_belong_to_nothing():
+    rng = np.random.default_rng(3)
+    damage = rng.normal(0, 0.01, (12, 12))
+    damage[4] += 1.0  # the busiest experts
+    damage[:, 4] += 1.0  # the most delicate task, the same one
+    assert np.diag(damage)[4] > 1.9  # the diagonal alone would call that division of labour
+    gap, p_value = belonging(damage)
+    assert abs(gap) < 0.02 and p_value > 0.05
+
+
+def test_masks_that_hurt_their_own_task_are_found():
+    damage = np.random.default_rng(4).normal(0.1, 0.05, (12, 12)) + 0.1 * np.eye(12)
+    gap, p_value = belonging(damage)
+    assert gap == pytest.approx(0.1, abs=0.05) and p_value < 0.01
+    assert belonging(-damage)[1] > 0.9
+
+
+def test_the_test_calls_chance_significant_no_oftener_than_it_says():
+    rng = np.random.default_rng(5)
+    p_values = np.array([belonging(rng.normal(size=(6, 6)), 400, seed)[1] for seed in range(200)])
+    assert abs((p_values <= 0.2).mean() - 0.2) < 0.09  # three standard errors of 200 draws

@@ -8,7 +8,7 @@ from torch.nn import functional
 from mllm_demo.moe_lora import MoeLoraRouter
 from mllm_demo.routing.controls import masked_experts
 from mllm_demo.training.conversations import IGNORED, Sample
-from mllm_demo.training.experts import batches_of, losses
+from mllm_demo.training.experts import batches_of, interval, losses
 from tests.unit.chat.tiny import IMAGE_TOKENS, tiny_loaded
 
 
@@ -45,3 +45,13 @@ def test_losses_are_those_of_whole_runs_with_and_without_masked_experts(loaded):
         masked = losses(loaded, batches)
         np.testing.assert_allclose(masked, [alone(loaded, one) for one in made], rtol=1e-4)
     assert np.abs(masked - plain).max() > 1e-3
+
+
+def test_intervals_resample_questions_in_their_task():
+    """Tasks that differ widen nothing, as every task is in every draw; questions that differ do."""
+    assert interval([np.full(20, 0.5), np.full(20, -0.1)], seed=0) == [0.2, 0.2, 0.2]
+    draws = np.random.default_rng(0).normal(0.3, 1.0, (4, 100))
+    mean, low, high = interval(list(draws), seed=0)
+    assert mean == pytest.approx(draws.mean(), abs=1e-3)
+    half = 1.96 * np.sqrt(draws.var(1).sum() / 100) / 4  # of a mean of four means of 100
+    assert (high - low) / 2 == pytest.approx(half, rel=0.1)

@@ -48,7 +48,7 @@ def test_runs_on_the_way_to_one_version_are_one_colour_and_one_line_of_the_legen
 def test_experts_shows_the_router_that_tells_most():
     sites = ["model.layers.0.self_attn", "model.layers.0.mlp", "model.layers.7.self_attn", "model.layers.7.mlp"]
     shares = [[[0.5, 0.5], [0.5, 0.5]], [[0.5, 0.5], [0.5, 0.5]], [[0.9, 0.1], [0.25, 0.75]], [[0.5, 0.5], [0.5, 0.5]]]
-    rows = [{"task": task, "masked": [0.3, 0.1], "random others": [0.1, 0.1]} for task in ("naming", "reading")]
+    rows = [{"task": task, "masked": [0.3, 0.1], "random others": 0.1} for task in ("naming", "reading")]
     report = {"sites": sites, "information": [0.1, 0.1, 0.4, 0.1], "expected": [0.01] * 4}
     shown = words(pictures.experts(report | {"shares": shares, "masking": rows}))
     assert {"naming", "reading", "90%", "75%", "expert 1", "Tokens of each task by expert (attention 7)"} <= shown
