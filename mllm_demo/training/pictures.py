@@ -157,16 +157,20 @@ def experts(report: dict) -> Figure:
     middle.set_title(f"Tokens of each task by expert ({where(sites[most])})")
     figure.colorbar(image, ax=middle, format="{x:.0%}", fraction=0.05)
 
-    own = [row["masked"][index] for index, row in enumerate(report["masking"])]
-    other = [row["random others"] for row in report["masking"]]
-    heights = np.arange(len(tasks))
-    right.barh(heights - 0.2, own, 0.4, label="its preferred experts masked")
-    right.barh(heights + 0.2, other, 0.4, color="lightgrey", label="random others masked")
+    damage = np.array([row["masked"] for row in report["masking"]])  # (tasks whose experts are masked, tasks)
+    own, heights = np.diag(damage), np.arange(len(tasks))
+    masked = {
+        "the experts it prefers": (own, None),
+        "those another task prefers (mean)": ((damage.sum(0) - own) / (len(tasks) - 1), "silver"),
+        "random others": ([row["random others"] for row in report["masking"]], "gainsboro"),
+    }
+    for place, (label, (change, color)) in enumerate(masked.items()):
+        right.barh(heights + 0.27 * (place - 1), change, 0.27, color=color, label=label)
     right.set_yticks(heights, tasks)
     right.invert_yaxis()
-    right.set(xlabel="change of the loss on its answers", title="What each task loses")
+    right.set(xlabel="change of the loss on its answers", title="What each task loses without …")
     labels = right.get_legend_handles_labels()
-    figure.legend(*labels, loc="outside lower right", ncols=2, frameon=False, fontsize="small")
+    figure.legend(*labels, loc="outside lower right", ncols=3, frameon=False, fontsize="small")
     right.grid(alpha=0.3, axis="x")
     return figure
 

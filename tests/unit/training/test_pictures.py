@@ -50,8 +50,11 @@ def test_experts_shows_the_router_that_tells_most():
     shares = [[[0.5, 0.5], [0.5, 0.5]], [[0.5, 0.5], [0.5, 0.5]], [[0.9, 0.1], [0.25, 0.75]], [[0.5, 0.5], [0.5, 0.5]]]
     rows = [{"task": task, "masked": [0.3, 0.1], "random others": 0.1} for task in ("naming", "reading")]
     report = {"sites": sites, "information": [0.1, 0.1, 0.4, 0.1], "expected": [0.01] * 4}
-    shown = words(pictures.experts(report | {"shares": shares, "masking": rows}))
+    figure = pictures.experts(report | {"shares": shares, "masking": rows})
+    shown = words(figure)
     assert {"naming", "reading", "90%", "75%", "expert 1", "Tokens of each task by expert (attention 7)"} <= shown
+    bars = [[bar.get_width() for bar in group] for group in figure.axes[2].containers]
+    assert bars == [[0.3, 0.1], [0.3, 0.1], [0.1, 0.1]] and len({bar.get_y() for bar in figure.axes[2].patches}) == 6
 
 
 def test_versions_show_every_goal_the_most_missed_first():
