@@ -46,7 +46,7 @@ def _colours(rng: np.random.Generator, count: int, ground: np.ndarray, varied: b
     return [str(c) for c in rng.choice(seen, count, replace=False)] if varied else [str(rng.choice(seen))] * count
 
 
-def _values(rng: np.random.Generator, count: int, top: int) -> list[int]:
+def spaced(rng: np.random.Generator, count: int, top: int) -> list[int]:
     """Different values, far enough apart that the eye can rank them."""
     while True:
         values = rng.integers(1 if top == 10 else 5, top + 1, count)
@@ -102,14 +102,19 @@ def _bars_or_line(sheet: _Sheet, kind: str, labels, values, top: int, title: str
     return Chart(kind, labels, tuple(values), tuple(colours if varied else [None] * count), top, regions)
 
 
-def _pie(sheet: _Sheet, labels, title: str | None) -> Chart:
-    rng, size, count = sheet.rng, sheet.size, len(labels)
+def slices(rng: np.random.Generator, count: int) -> list[int]:
+    """Different percentages of a whole, none of them too small to see."""
     while True:
         shares = rng.dirichlet([2.5] * count) * 100
         values = [int(v) for v in np.round(shares)]
         values[-1] = 100 - sum(values[:-1])
         if min(values) >= 8 and np.diff(np.sort(values)).min() >= 4:
-            break
+            return values
+
+
+def _pie(sheet: _Sheet, labels, title: str | None) -> Chart:
+    rng, size, count = sheet.rng, sheet.size, len(labels)
+    values = slices(rng, count)
     colours = _colours(rng, count, np.asarray(sheet.canvas)[2, 2], True)
     if title:
         sheet.text(title, size / 2, size * 0.1, size * 0.075, size * 0.9)
@@ -172,8 +177,8 @@ def draw_chart(
     if kind == "pie":
         chart = _pie(sheet, labels, title)
     elif kind == "table":
-        chart = _table(sheet, labels, _values(rng, count, 100), title)
+        chart = _table(sheet, labels, spaced(rng, count, 100), title)
     else:
-        chart = _bars_or_line(sheet, kind, labels, _values(rng, count, top), top, title, rng.random() < 0.6)
+        chart = _bars_or_line(sheet, kind, labels, spaced(rng, count, top), top, title, rng.random() < 0.6)
     names = tuple(label.lower() for label in chart.labels)
     return replace(chart, labels=names), sheet.things, sheet.lines

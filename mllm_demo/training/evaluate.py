@@ -6,7 +6,8 @@
     python -m mllm_demo.training.evaluate --perfect --no-blind --tasks reading # how much the language model misreads
 
 Held out of training: drawings, fonts, words, the last phrasings of every question and every background (another random
-stream); with `--split unseen-style` the art style too. It knows nothing of how the model was trained.
+stream); with `--split unseen-style` the art style, too, and charts are drawn by a plotting library. It knows nothing of
+how the model was trained.
 """
 
 import argparse
@@ -20,11 +21,11 @@ from PIL import Image
 
 from mllm_demo.models.loading import LoadedModel
 from mllm_demo.settings import QUANTIZATIONS
-from mllm_demo.training import art
+from mllm_demo.training import art, plotted
 from mllm_demo.training.perfect import perfect_letters
 from mllm_demo.training.questions import TASKS, Question, ask
 from mllm_demo.training.replies import PICTURE, replies, turn
-from mllm_demo.training.scenes import SPLITS, render
+from mllm_demo.training.scenes import SPLITS, UNSEEN_STYLE, render
 from mllm_demo.training.scoring import interval, is_right
 from mllm_demo.training.things import Scene
 from mllm_demo.training.trained import HELP, load_trained
@@ -57,7 +58,10 @@ def items(art_folder: Path, split: str, task: str, count: int, seed: int) -> lis
         rng = np.random.default_rng((seed, number, index))
         kind = SCENES[task][index % len(SCENES[task])]
         chart = {"table": "table", "chart": CHARTS[index % len(CHARTS)]}.get(task)
-        scene = render(sprites, SPLITS[split], seed, 1_000_000 * number + index, kind=kind, chart=chart)
+        if task == "chart" and SPLITS[split] is UNSEEN_STYLE:
+            scene = plotted.render(UNSEEN_STYLE.words, seed, index, chart)
+        else:
+            scene = render(sprites, SPLITS[split], seed, 1_000_000 * number + index, kind=kind, chart=chart)
         question = ask(rng, scene, task, held_out=True)
         if question is not None:
             made.append((scene, question))
