@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 
 from mllm_demo.training.art import HELD_OUT_STYLE, OBJECT_NAMES, TEST_FONTS, TEST_STYLES, TRAIN_FONTS, TRAIN_STYLES, Art
 from mllm_demo.training.canvas import background, damage, ink_on, plain
-from mllm_demo.training.charts import draw_chart
+from mllm_demo.training.charts import DARK, LIGHT, draw_chart
 from mllm_demo.training.lettering import HEIGHTS, SPACE, draw_line, font_of, write
 from mllm_demo.training.restyle import restyled
 from mllm_demo.training.things import COLOURS, CROWD, MAX_COUNT, PAGE, SHAPES, Scene, Split, Thing
@@ -22,6 +22,7 @@ SMALL, SMALL_HEIGHTS = 0.4, (0.045, 0.1)  # of the texts to learn from: letters 
 SINGLE = 0.6  # below this, a large text to learn from is one number or word; more words are more to read at once
 # How often each kind of picture is drawn; `CROWD` and `PAGE` only where they are asked for.
 KINDS = {"single": 0.08, "same": 0.08, "objects": 0.14, "shapes": 0.06, "mixed": 0.04, "text": 0.36, "chart": 0.24}
+FREE = 0.6  # of the charts to learn from: as other programs draw them
 PAGE_HEIGHTS = (0.045, 0.1)
 NUMBERS = 0.15  # of a page's words
 STYLES = (str.upper, str.lower, str.capitalize)
@@ -235,8 +236,9 @@ class _Picture:
 
     def draw_chart(self, kind: str | None) -> None:
         font = self.art.fonts[str(self.rng.choice(self.split.fonts))]
-        ink = (20, 20, 20) if self.ground.mean() > 127 else (240, 240, 240)
-        self.chart, parts, written = draw_chart(self.rng, self.canvas, font, ink, self.split.words, kind)
+        ink = DARK if self.ground.mean() > 127 else LIGHT
+        free = self.split.withheld is False and self.rng.random() < FREE
+        self.chart, parts, written = draw_chart(self.rng, self.canvas, font, ink, self.split.words, kind, free)
         self.things += parts
         self.lines = [line.text for line in written]
 

@@ -1,5 +1,8 @@
 """Rendered pictures are repeatable, annotated truthfully, and the held-out set shares nothing that it must not."""
 
+import os
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -146,6 +149,36 @@ def test_the_bars_of_a_chart_are_as_high_as_their_values(art):
         shares = np.array(heights) / np.array(scene.chart.values)
         assert shares.std() / shares.mean() < 0.1  # one scale for all, to a pixel or two
         assert set(scene.chart.labels) <= set(scene.lines)
+
+
+def test_axes_end_anywhere_in_training_and_where_they_always_did_in_the_held_out_set(art):
+    ends = {
+        split.name: [scenes.render(art, split, 5, i, kind="chart", chart="bar").chart for i in range(30)]
+        for split in (scenes.TRAIN, scenes.HELD_OUT)
+    }
+    assert {chart.top for chart in ends["held-out"]} == {10, 100}
+    assert len({chart.top for chart in ends["train"]}) > 6
+    assert all(0 < max(chart.values) <= chart.top for chart in ends["train"])
+
+
+def test_a_chart_is_the_same_in_every_process():
+    """Sets of strings are ordered by a seed of the process; a picture must not be."""
+    program = (
+        "import numpy as np, hashlib; from PIL import Image, ImageFont\n"
+        "from mllm_demo.training.charts import draw_chart\n"
+        "font, words = ImageFont.load_default(20).font_bytes, ('pear', 'oak', 'rail', 'moon', 'cup', 'sun', 'tree')\n"
+        "for seed in range(6):\n"
+        "    canvas = Image.new('RGB', (192, 192), 'white')\n"
+        "    draw_chart(np.random.default_rng(seed), canvas, font, (0, 0, 0), words, 'bar', seed % 2 == 0)\n"
+        "    print(hashlib.sha256(canvas.tobytes()).hexdigest())\n"
+    )
+    drawn = {
+        subprocess.run(
+            [sys.executable, "-c", program], env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, check=True
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert len(drawn) == 1 and drawn.pop().count(b"\n") == 6
 
 
 @pytest.mark.parametrize("chart", ["line", "pie", "table"])
