@@ -78,6 +78,8 @@ class Callbacks:
             status_line(status),
             self.tick(),
             self._sample_download(),
+            # Asked at every visit: when the page is made, nothing is loaded yet.
+            gr.Accordion(open=True) if status.state in ("failed", "empty") else SKIP,
         )
 
     def closed(self, request: gr.Request) -> None:

@@ -39,7 +39,7 @@ def build_page(engine: Engine, settings: Settings, assets: Path = ASSETS) -> gr.
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=320, elem_id="left"):
                 chat, notice, ask = _chat(_examples(assets / "examples"))
-                sampling, model, footprint, load, progress = _settings_panels(engine, settings)
+                sampling, model, footprint, load, progress, panel = _settings_panels(engine, settings)
             with gr.Column(scale=8, min_width=320, elem_id="right"):
                 with gr.Tabs():
                     with gr.Tab("Routing"):
@@ -73,7 +73,7 @@ def build_page(engine: Engine, settings: Settings, assets: Path = ASSETS) -> gr.
         page.load(do.foreseen, model, footprint, **hidden)
         load.click(do.load, model, [progress, status, notice], **long)
         timer.tick(do.refreshed, None, [status, timer], queue=False, **hidden)
-        page.load(do.opened, None, [view, status, timer, download], queue=False, **hidden)
+        page.load(do.opened, None, [view, status, timer, download, panel], queue=False, **hidden)
         page.unload(do.closed)
     return page
 
@@ -130,7 +130,8 @@ def _chat(examples: list[dict]) -> tuple[gr.Chatbot, gr.HTML, gr.MultimodalTextb
     return chat, notice, ask
 
 
-def _settings_panels(engine: Engine, settings: Settings) -> tuple[list, list, gr.HTML, gr.Button, gr.HTML]:
+def _settings_panels(engine: Engine, settings: Settings) -> tuple:
+    """→ sampling fields, model fields, footprint, load button, progress, and the panel of the model."""
     default, choice = settings.sampling, settings.choice
     with gr.Accordion(words.ANSWER_SETTINGS, open=False):
         sampling = [
@@ -140,7 +141,7 @@ def _settings_panels(engine: Engine, settings: Settings) -> tuple[list, list, gr
             gr.Slider(1, 2, default.repetition_penalty, step=0.05, label="Repetition penalty"),
             gr.Number(default.seed, label="Seed", precision=0, minimum=0, maximum=2**31 - 1),
         ]
-    with gr.Accordion(words.MODEL_SETTINGS, open=engine.status().state in ("failed", "empty"), elem_id="model"):
+    with gr.Accordion(words.MODEL_SETTINGS, open=False, elem_id="model") as panel:
         presets = [(f"{p.title} · {p.needs_gb:.1f} GB", p.name) for p in engine.presets()]
         notes = {p.name: f"{p.note} Licence: {p.licence}." for p in engine.presets()}
         named = gr.Dropdown(
@@ -158,7 +159,7 @@ def _settings_panels(engine: Engine, settings: Settings) -> tuple[list, list, gr
         load = gr.Button(words.LOAD, variant="primary", size="md")
         progress = gr.HTML("", elem_id="progress")
         gr.Markdown(words.LOAD_SHARED)
-    return sampling, model, footprint, load, progress
+    return sampling, model, footprint, load, progress, panel
 
 
 def _examples(folder: Path) -> list[dict]:

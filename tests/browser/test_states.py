@@ -140,6 +140,17 @@ def test_without_a_model_the_page_says_so_and_offers_one(visit, staged, state, s
     expect(page.get_by_role("log").get_by_text(re.compile(said))).to_be_visible()
 
 
+def test_who_comes_when_the_model_is_there_finds_its_settings_folded(visit, staged):
+    """The program makes the page before it loads the model, and visitors come after both."""
+    address, engine = staged(state="empty")
+    engine.state = "ready"
+    page = visit(address)
+    expect(page.get_by_role("status", name="Model")).to_contain_text("in 4 bit")
+    expect(page.get_by_role("button", name="Load this model")).to_be_hidden()
+    page.get_by_role("button", name=re.compile("^Model")).click()
+    expect(page.get_by_role("button", name="Load this model")).to_be_visible()
+
+
 def test_loading_another_model_shows_progress_and_then_its_name(visit, staged):
     address, _ = staged(pause=0.1)
     page = visit(address)
