@@ -84,7 +84,8 @@ def _axes(sheet: _Sheet, top: int, ticks: range, title: str | None) -> tuple[flo
     x0 = size * 0.03 + 0.7 * pixels * digits if sheet.free else size * (0.05 + 0.032 * digits + 0.02)
     y0, y1 = size * (0.17 if title else 0.08), size * rng.uniform(0.8, 0.93 if sheet.free else 0.86)
     if title:
-        sheet.text(title, size / 2, size * 0.1, sheet.pixels(0.075, 0.075) if sheet.free else size * 0.075, size * 0.9)
+        tall = size * (rng.uniform(*LETTERS) if sheet.free else 0.075)
+        sheet.text(title, size / 2, size * 0.1, tall, size * 0.9)
     if sheet.free and rng.random() < 0.5:
         sheet.draw.rectangle((x0, y0, size * 0.97, y1), outline=sheet.ink, width=1)
     else:

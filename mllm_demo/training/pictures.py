@@ -170,7 +170,7 @@ def experts(report: dict) -> Figure:
     right.invert_yaxis()
     right.set(xlabel="change of the loss on its answers", title="What each task loses without …")
     labels = right.get_legend_handles_labels()
-    figure.legend(*labels, loc="outside lower right", ncols=3, frameon=False, fontsize="small")
+    figure.legend(*labels, loc="outside lower right", ncols=len(masked), frameon=False, fontsize="small")
     right.grid(alpha=0.3, axis="x")
     return figure
 
